@@ -19,13 +19,16 @@ from rewarded_lines.merger.methods import METHODS
 TOKEN = "hf_" + "Canary" * 6
 WHOLE = ("--base", "sft", "--policy", "first", "--policy", "second", "--quiet")
 ADAPTERS = ("--base", "sft", "--policy", "lora-a", "--policy", "lora-b", "--quiet")
-# Long merges are compiled: here one loop is, and the others are only imported, since compiling them all takes 20 s.
+# Long merges use machine code, and those that rank use numba.
 COMPILED = """
 import numpy
-from rewarded_lines.kernels import compiled_choices, compiled_kernels, compiled_rules, kernels
+from rewarded_lines.kernels import compiled_ranks, kernels
+values, ranks = numpy.array([1.0, 0.5, 2.0]), numpy.empty(3, numpy.uint32)
+compiled_ranks.rank_rows(values, 3, 0, ranks)
+assert ranks.tolist() == [1, 0, 2]
+kernels.ENOUGH = -1
+assert kernels.count_nonfinite(numpy.array([1.0, numpy.nan, 0.0], numpy.float32)) == 1
 kernels.ENOUGH = 1 << 62
-values = numpy.array([1.0, numpy.nan, 0.0], numpy.float32)
-assert compiled_kernels.count_nonfinite(values) == kernels.count_nonfinite(values) == 1
 """
 VERBS = """
 from rewarded_lines import inspect, merge

@@ -118,13 +118,11 @@ def merge(
         the token comes from HF_TOKEN or `hf auth login`
     """
     from rewarded_lines.hub.card_additions import card_additions
-    from rewarded_lines.kernels.kernels import use_wide_vectors
 
     _check_source(ctx, source)
     publishing.check(outputs=len(source.lam or how.preference or [""]))
     given = {name: value for name, value in vars(options).items() if value is not None}
     additions = card_additions(publishing.run, source.config, publishing.push_to_hub)
-    use_wide_vectors()
     with progress_bar("Merging", quiet=quiet or as_json, unit="byte") as bar:
         how = replace(how, alpha=parse_alpha(how.alpha), options=given, additions=additions, progress=bar)
         results, equal = _merged(source, how)

@@ -256,6 +256,8 @@ class Resident:
 class _Counted:
     """The counts of a whole tensor, made when it was loaded."""
 
+    finite = False
+
     def __init__(self, counts: Sequence[int]) -> None:
         self._counts = counts
 

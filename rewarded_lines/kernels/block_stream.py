@@ -10,25 +10,25 @@ from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.kernels.blocks import BLOCK, Source, Workspace, blocks_of
-from rewarded_lines.kernels.file_sums import FileSum, file_sum
+from rewarded_lines.kernels.file_merges import FileMerge, file_merge
 from rewarded_lines.kernels.nonfinite import NonFinite
 from rewarded_lines.kernels.tensor_merge import AT_ONCE, TensorMerge
 from rewarded_lines.kernels.thread_pool import Relay, cores, share_out
 from rewarded_lines.progress import Progress
 
-# Values that a thread takes at a time where a tensor is a sum of files, of all outputs together.
-_RUN = 8 * BLOCK
+# Blocks that a thread takes at a time where machine code reads the files, of all outputs together.
+_RUN = 8
 # Threads beside those that compute: as many wait for the disk.
 _WAITING = 2
 
 
 class _Run(NamedTuple):
-    """A part of a tensor; `sums` if it is a sum of files."""
+    """A part of a tensor; `merge` if machine code can make it of the files."""
 
     name: str
     start: int
     length: int
-    sums: FileSum | None
+    merge: FileMerge | None
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield start and length of the run's blocks."""
@@ -48,7 +48,7 @@ class BlockStream:
         nonfinite: counts values that are not finite.
         progress: is told of the bytes of each block.
         workspace: makes a thread's buffers.
-        plain: whether sums of files may bypass the workspace.
+        plain: whether machine code may read the files, past the workspace.
     """
 
     sources: Sequence[Source]
@@ -71,12 +71,12 @@ class BlockStream:
 
             def work(_: object) -> None:
                 run = relay.take(
-                    lambda run: None if run.sums else workspace.load(*run[:3]),
+                    lambda run: None if run.merge else workspace.load(*run[:3]),
                     lambda: self.hashes.take(workspace.stored()),
                 )
-                if run.sums is None:
+                if run.merge is None:
                     self._merge(run, workspace)
-                elif not self._sum(run, run.sums):
+                elif not self._straight(run, run.merge):
                     for start, count in run.blocks():
                         workspace.load(run.name, start, count)
                         self._merge(_Run(run.name, start, count, None), workspace)
@@ -88,23 +88,23 @@ class BlockStream:
         share_out(queue, worker, cores() + _WAITING)
 
     def _runs(self, order: Sequence[str]) -> Iterator[_Run]:
-        """Yield the runs of all tensors; a sum of files has longer ones than a block."""
+        """Yield the runs of all tensors; those without a workspace are longer than a block."""
         base = self.sources[0]
         for name in order:
             info = base.tensors[name]
             self._itemsize[name] = info.dtype.itemsize
-            sums = file_sum(self.sources, name, self.steps[name]) if self._known(name) else None
-            length = max(BLOCK, _RUN // len(self.writers)) if sums else BLOCK
+            merge = file_merge(self.sources, name, self.steps[name]) if self._known(name) else None
+            length = BLOCK * (max(1, _RUN // len(self.writers)) if merge else 1)
             for start in range(0, info.elements, length):
-                yield _Run(name, start, min(length, info.elements - start), sums)
+                yield _Run(name, start, min(length, info.elements - start), merge)
 
     def _known(self, name: str) -> bool:
         """Return whether no hash needs a tensor's values, and no GPU takes them."""
         files = [source for source in self.sources if isinstance(source, TensorFiles) and name in source.tensors]
         return self.plain and all(self.hashes.knows(source.tensors[name].file) for source in files)
 
-    def _sum(self, run: _Run, sums: FileSum) -> bool:
-        """Write a run of sums straight into the memory of the outputs; return False if that did not work."""
+    def _straight(self, run: _Run, merge: FileMerge) -> bool:
+        """Merge a run of files straight into the memory of the outputs; return False if that did not work."""
         name, start, count, _ = run
         lent = [writer.lend(name, start, count) for writer in self.writers]
         if not all(lent):
@@ -112,7 +112,7 @@ class BlockStream:
         done = start
         # All outputs have one layout, so their parts are alike.
         for parts in zip(*lent, strict=True):
-            if not sums.run(done, parts):
+            if not merge.run(done, parts):
                 return False
             done += parts[0].size
         for writer in self.writers:

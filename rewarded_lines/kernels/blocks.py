@@ -14,8 +14,8 @@ import numpy as np
 from rewarded_lines.checkpoints.dtypes import DType
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.rule_programs import Code, compiled_rules
+from rewarded_lines.kernels import kernels, numpy_kernels
+from rewarded_lines.kernels.rule_programs import Program, programs
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge, all_masks
 
 # Values in a block: many enough that Python's share of the time is small, few enough to stay in cache.
@@ -91,14 +91,14 @@ class Workspace:
         self._dtypes: list[DType | None] = []
         self._name, self._start = "", 0
         self._residuals: Array | None = None
-        self._codes: dict[tuple[int, ...], tuple[Sequence[TensorMerge], Code | None]] = {}
+        self._codes: dict[tuple[int, ...], tuple[Sequence[TensorMerge], list[Program] | None]] = {}
         self._zeros = np.empty(0)
         self._drawn: dict[tuple[Mask, ...], Array] = {}
+        self.finite = False
 
     def load(self, name: str, start: int, count: int) -> None:
         """Read one block of a tensor from every input that stores it."""
-        self._name, self._start, self._residuals = name, start, None
-        self._drawn.clear()
+        self._begin(name, start)
         self._raw, self._dtypes = [], []
         for row, source in enumerate([self._base, *self._policies]):
             raw, dtype = None, None
@@ -109,54 +109,66 @@ class Workspace:
             self._raw.append(raw)
             self._dtypes.append(dtype)
 
+    def _begin(self, name: str, start: int) -> None:
+        self._name, self._start, self._residuals, self.finite = name, start, None, False
+        self._drawn.clear()
+
     def merge(self, steps: Sequence[TensorMerge]) -> list[tuple[Array, int]]:
         """Return each output's values of the loaded block, and how many of them are not finite.
 
         The arrays belong to this workspace: use them before the next call.
         """
-        results: dict[int, tuple[Array, int]] = {}
-        # By type and, if the linear kernel has them, by the policies that take part.
-        together: dict[tuple[DType, tuple[int, ...]], list[int]] = {}
-        for index, step in enumerate(steps):
-            if step.copy is not None:
-                results[index] = self._copied(step, step.copy, index)
-            else:
-                together.setdefault((step.dtype, step.rows if step.linear and self._alike() else ()), []).append(index)
-        for (_, rows), indices in together.items():
-            results |= (self._merge_linear if rows else self._merge_ruled)(steps, indices)
-        return [results[index] for index in range(len(steps))]
+        outs = [self._out(index, step.dtype) for index, step in enumerate(steps)]
+        if self._by_machine(steps, outs):
+            self.finite = True
+            return [(out, 0) for out in outs]
+        kernels.expect(self.values(0).size * len(steps))
+        return [self._by_numpy(step, out) for step, out in zip(steps, outs, strict=True)]
 
-    def _merge_ruled(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
-        """Merge by any rules, several outputs in one pass if the rules can be compiled."""
-        chosen, base = [steps[index] for index in indices], self.values(0)
-        out = self._buffer(f"out {indices}", chosen[0].dtype.storage, len(indices))
-        counts = np.zeros(len(indices), np.int64)
-        if code := self._compiled(chosen):
-            self._run(code, chosen, out, counts)
-        else:
-            for k, step in enumerate(chosen):
-                counts[k] = kernels.finish(base, self.merged_residuals([step])[0], step.scale, out[k, : base.size])
-        return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
+    def _by_numpy(self, step: TensorMerge, out: Array) -> tuple[Array, int]:
+        if step.copy is not None:
+            source = self.values(step.copy)
+            return (source, 0) if source.dtype == out.dtype else (out, numpy_kernels.cast(source, out))
+        base = self.values(0)
+        with np.errstate(all="ignore"):
+            if not (step.linear and self._alike()):
+                return out, numpy_kernels.finish(base, self.merged_residuals([step])[0], step.scale, out)
+            policies = [self.values(row + 1) for row in step.rows]
+            return out, numpy_kernels.linear(base, policies, [weight * step.scale for weight in step.weights], out)
 
-    def _run(self, code: Code, steps: Sequence[TensorMerge], out: Array, counts: Array, bare: bool = False) -> None:
-        """Run the steps' machine code on the loaded block; if `bare`, `out` takes their residuals."""
-        given = not self._alike()
-        stack, start = (self.residuals(), 0) if given else self._stack()
-        scales = np.array([1.0 if bare else step.scale for step in steps])
-        kernels.merge_by_rules(
-            self.values(0), stack, *code, self._masks(steps), scales, out, counts, start, given, bare
+    def _by_machine(self, steps: Sequence[TensorMerge], outs: Sequence[Array], bare: bool = False) -> bool:
+        """Merge by machine code; return False if the work is short, or a rule or a value too special for it.
+
+        If `bare`, `outs` take the rules' residuals.
+        """
+        made = self._programs(steps, bare) if kernels.is_long() else None
+        if made is None:
+            return False
+        sources = [self.residuals()[row - 1] if raw is None else raw for row, raw in enumerate(self._raw)]
+        ranks: dict[Mask, Array] = {}
+        for mask in (mask for program in made for mask in program.ranked if mask not in ranks):
+            ranks[mask] = self._buffer(f"ranks {len(ranks)}", np.dtype(np.uint32), 1)[0, : self.values(0).size]
+            mask.ranks(self.run, self._start, ranks[mask])
+        return all(
+            program.loop.run(
+                [*sources, *(ranks[mask] for mask in program.ranked)],
+                program.parameters,
+                [outs[index] for index in program.outputs],
+                self._start,
+            )
+            for program in made
         )
 
-    def _compiled(self, steps: Sequence[TensorMerge]) -> Code | None:
-        """Return the machine code of the steps' rules after some work; it is kept for a tensor's other blocks."""
-        if not kernels.is_long():
-            return None
-        key = tuple(map(id, steps))
+    def _programs(self, steps: Sequence[TensorMerge], bare: bool) -> list[Program] | None:
+        """Return the steps' machine code; it is kept for a tensor's other blocks."""
+        key = (bare, *map(id, steps))
         if key not in self._codes:
             if len(self._codes) == _CODES:
                 self._codes.clear()
+            stored = [None if dtype is None else dtype.storage for dtype in self._dtypes]
+            floating = all(dtype is None or dtype.floating for dtype in self._dtypes)
             # With the steps themselves, whose ids nothing else gets meanwhile.
-            self._codes[key] = steps, compiled_rules(steps)
+            self._codes[key] = steps, programs(steps, stored, bare) if floating else None
         return self._codes[key][1]
 
     def _masks(self, steps: Sequence[TensorMerge]) -> Array:
@@ -170,24 +182,6 @@ class Workspace:
             self._drawn[draws] = masks
         return self._drawn[draws]
 
-    def _merge_linear(self, steps: Sequence[TensorMerge], indices: Sequence[int]) -> dict[int, tuple[Array, int]]:
-        """Merge by Σ λ_i·τ_i for several outputs in one pass, so that residuals are computed once."""
-        first, base = steps[indices[0]], self.values(0)
-        stack, start = self._stack()
-        # Each group has its own buffers: all results stay valid until the next block.
-        out = self._buffer(f"out {indices}", first.dtype.storage, len(indices))
-        weights = np.array([np.array(steps[index].weights) * steps[index].scale for index in indices])
-        counts = np.zeros(len(indices), np.int64)
-        rows = np.array(first.rows)
-        kernels.linear(base, stack, rows, weights, out, counts, start)
-        if counts.any():
-            kernels.restore(base, stack, rows, weights, out, start)
-        return {index: (out[k, : base.size], int(counts[k])) for k, index in enumerate(indices)}
-
-    def _stack(self) -> tuple[Array, int]:
-        """Return the policies' values, [N, ≥ n], and where the loaded block begins in them."""
-        return self._buffer("raw", self.values(0).dtype, len(self._policies) + 1)[1:], 0
-
     def _alike(self) -> bool:
         """Return whether all inputs store the loaded block, and in one type."""
         return all(
@@ -198,8 +192,7 @@ class Workspace:
         """Return the rules' residuals of the loaded block, [rules, n] float64, without the schedule's scale."""
         count = self.values(0).size
         out = self._buffer(f"merged {len(steps)}", np.dtype(np.float64), len(steps))[:, :count]
-        if code := self._compiled(steps):
-            self._run(code, steps, out, np.zeros(len(steps), np.int64), bare=True)
+        if self._by_machine(steps, list(out), bare=True):
             return out
         residuals = self.residuals()
         for step, merged in zip(steps, out, strict=True):
@@ -256,12 +249,6 @@ class Workspace:
         assert raw is not None, "an adapter stores no tensors"
         return raw
 
-    def _copied(self, step: TensorMerge, row: int, index: int) -> tuple[Array, int]:
-        source, out = self.values(row), self._out(index, step.dtype)
-        if source.dtype == out.dtype:
-            return source, 0
-        return out, int(kernels.cast(source, out))
-
     def _out(self, index: int, dtype: DType) -> Array:
         return self._buffer(f"out {index}", dtype.storage, 1)[0, : self.values(0).size]
 
@@ -290,11 +277,6 @@ class MemoryWorkspace(Workspace):
         if rows is None:
             super().load(name, start, count)
             return
-        self._name, self._start, self._residuals = name, start, None
-        self._drawn.clear()
+        self._begin(name, start)
         self._raw = [row[start : start + count] for row in rows]
         self._dtypes = [source.tensors[name].dtype for source in [self._base, *self._policies]]
-
-    def _stack(self) -> tuple[Array, int]:
-        rows = self._held.get(self._name)
-        return (rows[1:], self._start) if isinstance(rows, np.ndarray) else super()._stack()

@@ -1,99 +1,91 @@
-"""Machine code that reads pieces of files and passes them to a loop, without Python between two pieces."""
+"""Machine code that reads pieces of files and passes them to loops, without Python between two pieces."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
 
+from rewarded_lines.kernels.machine_code import SIGNATURE, compiled
+
 # Values of a piece: those of all sources stay in the caches of one core.
 PIECE = 1 << 15
-FAILED = 2**64 - 1
-"""What is returned if a file gave fewer bytes than were asked for."""
-_INDEX, _BYTE = ir.IntType(64), ir.IntType(8)
+_INDEX = ir.IntType(64)
 
 
-def write_files(module: Any, loop: Any, policies: int, stored: int, wanted: int) -> Any:
-    """Write the function "files"; return its type.
+@cache
+def reader() -> Callable[..., int]:
+    """Return a function that reads values of all sources from files, a piece at a time, and calls loops on them.
 
-    It reads values of all sources from files, a piece at a time, and calls `loop` on them. Its arguments are the
-    addresses of: the sources' file descriptors, their places in the files, their buffers of `PIECE` values, the
-    weights, and the targets' addresses. Then: the number of outputs that are sums, the number of those behind them that
-    are copies, the address of the copies' sources, and the number of values. It returns the largest result of `loop`,
-    or `FAILED`.
-
-    Args:
-        module: takes the function.
-        loop: of the type of `compiled_sums.SIGNATURE`.
-        policies: the sources beside the base.
-        stored: bytes of a value in the files.
-        wanted: bytes of a value in the targets; copies need as many as in the files.
+    Its arguments are the number of sources, and the addresses of: their file descriptors, their places in the files,
+    the bytes of a value in each, and their buffers of `PIECE` values. Then the number of loops, and the addresses of:
+    the loops, their parameters, their targets' addresses, and the numbers of their targets. Then how many values to
+    read, and which value of its tensor the first is. It returns 0, or more if a value may not be finite or a file gave
+    fewer bytes than were asked for.
     """
-    kind = ir.FunctionType(_INDEX, [_INDEX] * 9)
-    _Files(ir.Function(module, kind, "files"), stored, wanted).write(loop, policies + 1)
-    return kind
-
-
-def _address(name: str) -> Any:
-    """Return where a function of the C library is."""
-    return _INDEX(ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value)
+    module = ir.Module()
+    _Files(ir.Function(module, ir.FunctionType(_INDEX, [_INDEX] * 12), "files")).write()
+    return ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * 12)(compiled(module, "files"))
 
 
 class _Files:
-    """Writes the function: a loop over pieces, and in it one over the copies."""
+    """Writes the function: a loop over pieces, and in it one over the sources and one over the programs."""
 
-    def __init__(self, function: Any, stored: int, wanted: int) -> None:
-        self._function, self._stored, self._wanted = function, stored, wanted
+    def __init__(self, function: ir.Function) -> None:
+        self._function = function
         self._builder = ir.IRBuilder(function.append_basic_block())
 
-    def write(self, loop: Any, sources: int) -> None:
-        """Write all; `loop` is called once for each piece."""
+    def write(self) -> None:
+        """Write all."""
         builder, entry = self._builder, self._builder.block
-        files, places, buffers, weights, targets, outputs, copies, origins, count = self._function.args
-        piece, copy, copied, following, end, failed = (self._function.append_basic_block() for _ in range(6))
+        sources, files, places, sizes, buffers, loops, *called, count, begin = self._function.args
+        piece, source, called_block, end, failed = (self._function.append_basic_block() for _ in range(5))
+        codes, parameters, targets, outputs = called
         builder.branch(piece)
         builder.position_at_end(piece)
-        start, before = builder.phi(_INDEX), builder.phi(_INDEX)
+        start = builder.phi(_INDEX)
         left = builder.sub(count, start)
         length = builder.select(builder.icmp_signed("<", left, _INDEX(PIECE)), left, _INDEX(PIECE))
-        size = builder.mul(length, _INDEX(self._stored))
-        for source in map(_INDEX, range(sources)):
-            place = builder.add(self._item(places, source), builder.mul(start, _INDEX(self._stored)))
-            done = self._call("pread", self._item(files, source), self._item(buffers, source), size, place)
-            further = self._function.append_basic_block()
-            builder.cbranch(builder.icmp_signed("==", done, size), further, failed)
-            builder.position_at_end(further)
-        found = builder.call(loop, [buffers, weights, targets, outputs, _INDEX(0), length, start])
-        largest = builder.select(builder.icmp_unsigned(">", found, before), found, before)
-        read = builder.block
-        builder.branch(copy)
-        builder.position_at_end(copy)
-        index = builder.phi(_INDEX)
-        builder.cbranch(builder.icmp_signed("<", index, copies), copied, following)
-        builder.position_at_end(copied)
-        target = self._item(targets, builder.add(outputs, index))
-        target = builder.add(target, builder.mul(start, _INDEX(self._wanted)))
-        self._call("memcpy", target, self._item(buffers, self._item(origins, index)), size)
-        index.add_incoming(_INDEX(0), read)
-        index.add_incoming(builder.add(index, _INDEX(1)), copied)
-        builder.branch(copy)
+        builder.branch(source)
+        builder.position_at_end(source)
+        row = builder.phi(_INDEX)
+        size = builder.mul(length, self._item(sizes, row))
+        place = builder.add(self._item(places, row), builder.mul(start, self._item(sizes, row)))
+        read = ctypes.cast(ctypes.CDLL(None).pread, ctypes.c_void_p).value
+        kind = ir.FunctionType(_INDEX, [_INDEX] * 4)
+        given = self._item(files, row), self._item(buffers, row), size, place
+        done = builder.call(builder.inttoptr(_INDEX(read), kind.as_pointer()), given)
+        next_row, read_block = builder.add(row, _INDEX(1)), self._function.append_basic_block()
+        builder.cbranch(builder.icmp_signed("==", done, size), read_block, failed)
+        builder.position_at_end(read_block)
+        builder.cbranch(builder.icmp_signed("<", next_row, sources), source, called_block)
+        builder.position_at_end(called_block)
+        each = builder.phi(_INDEX)
+        code = builder.inttoptr(self._item(codes, each), SIGNATURE.as_pointer())
+        given = buffers, self._item(parameters, each), self._item(targets, each), self._item(outputs, each)
+        bad = builder.call(code, [*given, length, start, builder.add(begin, start)])
+        following = self._function.append_basic_block()
+        builder.cbranch(builder.icmp_signed("==", bad, _INDEX(0)), following, failed)
         builder.position_at_end(following)
-        next_start = builder.add(start, length)
-        start.add_incoming(_INDEX(0), entry)
-        start.add_incoming(next_start, following)
-        before.add_incoming(_INDEX(0), entry)
-        before.add_incoming(largest, following)
+        next_each, next_start = builder.add(each, _INDEX(1)), builder.add(start, length)
+        last = self._function.append_basic_block()
+        builder.cbranch(builder.icmp_signed("<", next_each, loops), called_block, last)
+        builder.position_at_end(last)
         builder.cbranch(builder.icmp_signed("<", next_start, count), piece, end)
-        ir.IRBuilder(end).ret(largest)
-        ir.IRBuilder(failed).ret(_INDEX(FAILED))
+        for phi, again, block, before in (
+            (start, next_start, last, entry),
+            (row, next_row, read_block, piece),
+            (each, next_each, following, read_block),
+        ):
+            phi.add_incoming(_INDEX(0), before)
+            phi.add_incoming(again, block)
+        ir.IRBuilder(end).ret(_INDEX(0))
+        ir.IRBuilder(failed).ret(_INDEX(1))
 
     def _item(self, array: Any, index: Any) -> Any:
         """Return a number of an array of such."""
         builder = self._builder
         return builder.load(builder.gep(builder.inttoptr(array, _INDEX.as_pointer()), [index]))
-
-    def _call(self, name: str, *given: Any) -> Any:
-        """Call a function of the C library, which returns a number of 64 bits."""
-        kind = ir.FunctionType(_INDEX, [_INDEX] * len(given))
-        return self._builder.call(self._builder.inttoptr(_address(name), kind.as_pointer()), given)

@@ -39,7 +39,7 @@ class DeviceWorkspace(Workspace):
 
     def _merge_one(self, index: int, step: TensorMerge) -> tuple[Array, int]:
         if step.copy is not None:
-            return self._copied(step, step.copy, index)
+            return self._by_numpy(step, self._out(index, step.dtype))
         with torch.cuda.stream(self._stream):
             base, *policies = self._inputs()
             assert base is not None, "a base stores its tensors"

@@ -1,7 +1,7 @@
-"""The loops over values: numpy's at first, the compiled ones once the work is long enough to load the compiler.
+"""The loops over values: numpy's at first, machine code once the work is long enough to load LLVM.
 
 Both do the same operations in the same order and store every NaN as one pattern, so the bits do not depend on which is
-used. `compiled_kernels` and `compiled_choices` describe each loop.
+used. `numpy_kernels` describes each loop.
 """
 
 from __future__ import annotations
@@ -15,31 +15,15 @@ import numpy as np
 
 from rewarded_lines.kernels import numpy_kernels
 
-# Loading numba takes a third of a second. Numpy takes half as long for so many values: 7 ns each in float32, 44 ns in
-# bfloat16, where the compiled loop takes 1 ns.
+# Loading LLVM takes a tenth of a second. Numpy takes as long for so many values: 7 ns each in float32, 44 ns in
+# bfloat16, where machine code takes 1 ns.
 ENOUGH = 1 << 22
-_seen, _wide = 0, False
-
-
-def use_wide_vectors() -> None:
-    """Let numba use the processor's widest vectors in this process; call it before the first merge.
-
-    On processors with 512 bits LLVM uses 256, because most code uses vectors rarely. The kernels use them all the time
-    and take a third less time with 512. The user's own setting stays.
-    """
-    global _wide
-    _wide = True
+_seen = 0
 
 
 @cache
-def _compiled(module: str) -> Any:
-    if _wide and module != "compiled_sums":
-        import numba
-
-        sums = compiled_sums()
-        if numba.config.CPU_FEATURES is None and (features := sums.cpu_features()).endswith(sums.WIDEST):
-            numba.config.CPU_FEATURES = features
-    return import_module(f"rewarded_lines.kernels.{module}")
+def _module(name: str) -> Any:
+    return import_module(f"rewarded_lines.kernels.{name}")
 
 
 def is_long() -> bool:
@@ -47,55 +31,41 @@ def is_long() -> bool:
     return _seen > ENOUGH
 
 
-def compiled_sums() -> Any:
-    """Return the module of sums in machine code."""
-    return _compiled("compiled_sums")
+def machine_code() -> Any:
+    """Return the module that translates programs."""
+    return _module("machine_code")
+
+
+def compiled_files() -> Any:
+    """Return the module that reads files between loops of machine code."""
+    return _module("compiled_files")
 
 
 def expect(values: int) -> None:
-    """Count values that will come: work that is known to be long starts with compiled loops."""
+    """Count values that will come: work that is known to be long starts with machine code."""
     global _seen
     _seen += values
 
 
-def machine_code(operations: Any) -> int:
-    """See `compiled_rules.machine_code`."""
-    address: int = _compiled("compiled_rules").machine_code(operations)
-    return address
-
-
-def _loop(name: str, counted: int = 0, module: str = "compiled_kernels") -> Callable[..., Any]:
-    """Return the loop of this name; its argument at the place `counted` tells how many values it goes over."""
+def _loop(
+    name: str, counted: Callable[..., int] = lambda *given: given[0].size, module: str = "machine_kernels"
+) -> Any:
+    """Return the loop of this name; `counted` tells of its arguments how many values it goes over."""
 
     def call(*given: Any, **named: Any) -> Any:
         global _seen
-        _seen += given[counted].size
+        _seen += counted(*given)
         if _seen > ENOUGH:
-            return getattr(_compiled(module), name)(*given, **named)
+            return getattr(_module(module), name)(*given, **named)
         with np.errstate(all="ignore"):
             return getattr(numpy_kernels, name)(*given, **named)
 
     return call
 
 
-_linear, restore, residual, finish = map(_loop, ("linear", "restore", "residual", "finish"))
-cast, count_nonfinite, place_columns = map(_loop, ("cast", "count_nonfinite", "place_columns"))
+residual, cast, count_nonfinite = map(_loop, ("residual", "cast", "count_nonfinite"))
+place_columns, count_between = map(_loop, ("place_columns", "count_between"))
 count_magnitudes, collect_magnitudes = map(_loop, ("count_magnitudes", "collect_magnitudes"))
-_CHOICES = ("count_between", "count_overlaps", "keep_random", "draw_numbers", "keep_ranked")
-count_between, count_overlaps, keep_random, draw_numbers, keep_ranked = (
-    _loop(name, module="compiled_choices") for name in _CHOICES
-)
-merge_by_rules = _loop("merge_by_rules", module="compiled_rules")
-product = _loop("product", counted=4)
-
-
-def linear(base: Any, policies: Any, rows: Any, weights: Any, out: Any, counts: Any, first: int = 0) -> None:
-    """See `compiled_kernels.linear`; finite sums of bfloat16 and float32 need no numba."""
-    if _seen + base.size > ENOUGH:
-        sums = compiled_sums()
-        if sums.supports(base.dtype, out.dtype):
-            chosen = [policies[row, first : first + base.size] for row in rows]
-            if sums.linear(base, chosen, weights, out):
-                expect(base.size)
-                return
-    _linear(base, policies, rows, weights, out, counts, first)
+product = _loop("product", lambda *given: given[4].size)
+count_overlaps = _loop("count_overlaps", lambda pairs, *_: pairs[0][0].size)
+rank_rows = _loop("rank_rows", module="compiled_ranks")

@@ -15,7 +15,13 @@ _SHOWN = 5
 
 
 class Inputs(Protocol):
-    """A block of inputs, or a whole tensor's."""
+    """A block of inputs, or a whole tensor's.
+
+    Attributes:
+        finite: whether all values are known to be finite.
+    """
+
+    finite: bool
 
     def count_nonfinite(self, row: int) -> int:
         """Return how many values are not finite in the base (0) or in policy `row` − 1."""
@@ -33,6 +39,8 @@ class NonFinite:
 
     def look(self, inputs: Inputs, name: str, steps: Sequence[TensorMerge], bad: Sequence[int]) -> None:
         """Count the values that are not finite in the inputs or, if all are finite, in the results."""
+        if inputs.finite and not any(bad):
+            return
         # A finite weighted sum of all inputs shows that every one of them is finite.
         whole = (len(step.rows) == len(self._inputs) - 1 and step.linear and step.copy is None for step in steps)
         if not any(bad) and (any(whole) or not self._tensors[name].dtype.floating):

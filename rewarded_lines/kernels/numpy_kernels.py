@@ -1,10 +1,12 @@
-"""The loops of `compiled_kernels` and `compiled_choices` in numpy: the same arguments and the same bits.
+"""The loops over values in numpy: each value is widened to float64, merged, and rounded once, to nearest even.
 
-No compiler is loaded, each value takes longer.
+Processors choose the sign and the lower bits of a NaN by the order of operands, so every NaN is stored as the one
+quiet, positive pattern of its type. `machine_kernels` has the same loops as machine code, with the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ _NAN = {"uint16": 0x7FC0, "int16": 0x7E00, "float32": np.nan, "float64": np.nan}
 def _store(out: Array, values: Array) -> int:
     """Round float64 values once to the type of `out`, every NaN to its one pattern; return how many are not finite."""
     if out.dtype == np.uint16:
-        # As in the compiled loop: a sum with 1.5·2⁵²·ulp rounds to a multiple of the target's ulp.
+        # As in machine code: a sum with 1.5·2⁵²·ulp rounds to a multiple of the target's ulp.
         bits = values.view(np.uint64)
         exponents = np.clip(bits & _EXPONENT, np.uint64((1023 - 126) << 52), np.uint64((1023 + 200) << 52))
         magic = (exponents + np.uint64((45 << 52) | (1 << 51))).view(np.float64)
@@ -36,41 +38,41 @@ def _store(out: Array, values: Array) -> int:
     return bad
 
 
-def linear(
-    base: Array, policies: Array, rows: Array, weights: Array, out: Array, counts: Array, first: int = 0
-) -> None:
-    """Write base + Σ_j w_kj·(policy_{r_j} − base) for every output k."""
+def linear(base: Array, policies: Sequence[Array], weights: Sequence[float], out: Array) -> int:
+    """Write base + Σ_j w_j·(policy_j − base); return how many results are not finite.
+
+    Args:
+        base: n stored values.
+        policies: n stored values of the same type each, in the order of the sum; at least one.
+        weights: their factors times the schedule's scale.
+        out: n values of the output's storage type.
+    """
     origin = as_float64(base)
-    residuals = [as_float64(policies[row, first : first + base.size]) - origin for row in rows]
-    for k, factors in enumerate(weights):
-        total = residuals[0] * factors[0]
-        for residual, factor in zip(residuals[1:], factors[1:], strict=True):
-            total += residual * factor
-        counts[k] += _store(out[k, : base.size], origin + total)
-
-
-def restore(base: Array, policies: Array, rows: Array, weights: Array, out: Array, first: int = 0) -> None:
-    """Do `linear` again where the base is not finite."""
-    places = np.flatnonzero(~np.isfinite(as_float64(base)))
-    origin = as_float64(base[places])
-    for k, factors in enumerate(weights):
-        total = np.zeros(places.size)
-        for row, factor in zip(rows, factors, strict=True):
-            values = as_float64(policies[row, first + places])
-            total += np.where(values != origin, factor * (values - origin), 0.0)
+    total = np.zeros(())
+    for place, (policy, weight) in enumerate(zip(policies, weights, strict=True)):
+        term = (as_float64(policy) - origin) * weight
+        total = total + term if place else term
+    bad = _store(out, origin + total)
+    # Where the base is not finite, an equal policy adds nothing, in place of inf − inf = NaN.
+    if bad and (places := np.flatnonzero(~np.isfinite(origin))).size:
+        origin, total = origin[places], np.zeros(places.size)
+        for policy, weight in zip(policies, weights, strict=True):
+            values = as_float64(policy[places])
+            total += np.where(values != origin, weight * (values - origin), 0.0)
         narrow = np.empty(places.size, out.dtype)
         _store(narrow, origin + total)
-        out[k, places] = narrow
+        out[places] = narrow
+    return bad
 
 
 def residual(base: Array, policy: Array, out: Array) -> None:
-    """Write policy − base to the float64 array `out`, 0 where both are equal."""
+    """Write policy − base to the float64 array `out`, 0 where both are equal; each input may be of any stored type."""
     one, other = as_float64(policy), as_float64(base)
     _store(out, np.where(one != other, one - other, 0.0))
 
 
 def finish(base: Array, merged: Array, scale: float, out: Array) -> int:
-    """Write base + scale·merged; return how many results are not finite."""
+    """Write base + scale·merged, a float64 residual; return how many results are not finite."""
     return _store(out, as_float64(base) + scale * merged)
 
 
@@ -85,7 +87,15 @@ def count_nonfinite(values: Array) -> int:
 
 
 def product(left: Array, right: Array, scale: float, start: int, out: Array) -> None:
-    """Write a run of the flat matrix scale·(left @ right) to `out`; each value is summed in the order of the ranks."""
+    """Write a run of the flat matrix scale·(left @ right) to `out`; each value is summed in the order of the ranks.
+
+    Args:
+        left: [rows, r] float64.
+        right: [r, columns] float64.
+        scale: the factor.
+        start: the flat index of the first value, row by row.
+        out: float64, takes the values from `start` on.
+    """
     first, last = start // right.shape[1], -(-(start + out.size) // right.shape[1])
     total = np.zeros((last - first, right.shape[1]))
     for column, row in zip(left[first:last].T, right, strict=True):
@@ -96,7 +106,18 @@ def product(left: Array, right: Array, scale: float, start: int, out: Array) -> 
 
 
 def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: Array) -> None:
-    """Count magnitudes by some of their bits."""
+    """Count magnitudes by some of their bits: one pass of a radix selection.
+
+    The bit pattern of |v|, a float64, grows with |v|. The patterns whose highest bits are `prefix` are counted by their
+    next bits.
+
+    Args:
+        values: float64.
+        prefix: all bits above `shift` + `bits`.
+        shift: the number of bits below the counted ones.
+        bits: how many bits are counted.
+        counts: int64 [2^bits]; the counts are added here.
+    """
     patterns = np.abs(values).view(np.uint64)
     taken = patterns[patterns >> np.uint64(shift + bits) == np.uint64(prefix)]
     places = (taken >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
@@ -114,7 +135,17 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
 def count_between(
     base: Array, policy: Array, low: float, high: float, found: Array
 ) -> tuple[int, tuple[int, int, int, int]]:
-    """Copy the |τ| between two; return their number, and how many are above, equal to `high`, equal to `low`, zero."""
+    """Copy the |τ| between two; return their number, and how many are above, equal to `high`, equal to `low`, zero.
+
+    If both are equal, these are counted as `high`.
+
+    Args:
+        base: n stored values.
+        policy: n stored values; τ is their difference, and a NaN is above infinity.
+        low: ≥ 0.
+        high: ≥ low.
+        found: takes the magnitudes between, at its front.
+    """
     magnitudes = np.empty(base.size)
     residual(base, policy, magnitudes)
     patterns, (least, most) = np.abs(magnitudes).view(np.int64), np.array([low, high]).view(np.int64)
@@ -125,40 +156,48 @@ def count_between(
     return int(taken.size), (above, top, bottom, zeros)
 
 
-def keep_random(out: Array, first: int, second: int, block: int, limit: int) -> None:
-    """Fill `out` with booleans, each true with probability limit/2²⁴."""
-    generator = np.random.Generator(np.random.Philox(key=[first, second], counter=[0, 0, block, 0]))
-    np.less(generator.random(out.size, np.float32), np.float32(limit / 2**24), out=out)
+def rank_rows(sizes: Array, width: int, skipped: int, ranks: Array) -> None:
+    """Write the rank of every magnitude in its row, from 0; equal ones in order, every NaN above infinity.
 
-
-def draw_numbers(out: Array, first: int, second: int, block: int) -> None:
-    """Fill the uint32 array `out` with the upper 24 bits of random numbers."""
-    generator = np.random.Generator(np.random.Philox(key=[first, second], counter=[0, 0, block, 0]))
-    out[:] = generator.random(out.size, np.float32) * np.float32(2**24)
-
-
-def keep_ranked(
-    base: Array, policy: Array, width: int, numbers: Array, limits: Array, factors: Array, skipped: int, out: Array
-) -> None:
-    """Write a factor where a value is kept, else 0; both depend on the rank of its magnitude in its row."""
-    sizes = np.empty(base.size)
-    residual(base, policy, sizes)
+    Args:
+        sizes: residuals of whole rows, float64.
+        width: the values of a row.
+        skipped: how many values come before the first of `ranks`.
+        ranks: n uint32.
+    """
     order = np.argsort(np.abs(sizes).reshape(-1, width), axis=1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(width)[None], axis=1)
-    ranks = ranks.ravel()[skipped : skipped + out.size]
-    out[:] = np.where(numbers < limits[ranks], factors[ranks], 0.0)
+    found = np.empty_like(order)
+    np.put_along_axis(found, order, np.arange(width)[None], axis=1)
+    ranks[:] = found.ravel()[skipped : skipped + ranks.size]
 
 
-def count_overlaps(residuals: Array, rows: Array, changed: float, counts: Array) -> None:
-    """Count the magnitudes above `changed` that several rows have, and those that only one has."""
-    masks = np.abs(residuals[rows]) > changed
+def count_overlaps(pairs: Sequence[tuple[Array, Array]], changed: float, counts: Array) -> None:
+    """Count the magnitudes above `changed` that several policies have, and those that only one has.
+
+    Args:
+        pairs: of each policy two arrays whose difference is τ.
+        changed: ≥ 0.
+        counts: [2, policies] the numbers are added here, shared ones first.
+    """
+    residuals = np.empty((len(pairs), pairs[0][0].size))
+    for pair, out in zip(pairs, residuals, strict=True):
+        residual(*pair, out)
+    masks = np.abs(residuals) > changed
     several = masks.sum(axis=0) > 1
     counts += (masks & several).sum(axis=1), (masks & ~several).sum(axis=1)
 
 
 def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:
-    """Write factor·values into columns of a matrix; return how many results are not finite."""
+    """Write factor·values into columns of a matrix; return how many results are not finite.
+
+    Args:
+        values: stored values, [rows, width], flat.
+        width: the columns of `values`.
+        factor: applied in float64.
+        first: the column of the matrix that takes the first column of `values`.
+        columns: the columns of the matrix.
+        out: the matrix in its storage type, [rows, columns], flat.
+    """
     wide = as_float64(values) * factor
     narrow = np.empty(wide.size, out.dtype)
     count = _store(narrow, wide)

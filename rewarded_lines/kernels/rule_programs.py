@@ -1,7 +1,7 @@
 """Rules as programs: a rule is called once with symbols, and each operation that it does is noted.
 
-`compiled_rules` makes machine code of them. So a rule has one source, for numpy, torch and the compiled loop. What
-occurs twice is done once, also for several outputs.
+`machine_code` translates them. So a rule has one source, for numpy, torch and machine code. What occurs twice is done
+once; outputs whose rules do the same operations share a program.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.tensor_merge import TensorMerge, all_masks
+from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge, all_masks
 
 Array = np.ndarray[Any, Any]
 
@@ -25,8 +25,10 @@ class Operation(NamedTuple):
     """One value of a program.
 
     Attributes:
-        kind: "residual", "mask", "factor", "constant", "result", or the operation's name in LLVM's builder.
-        operands: places of values in the program; of an input, its index; a result's index is in front.
+        kind: "source" (stored values, or residuals), "random" (24 random bits as a number), "constant", "factor" (a
+            number of each output), "single" (rounded to float32); "result",
+            "count", "collect", "tally"; or the operation's name in LLVM's builder.
+        operands: places of values in the program; of an input, its index.
         truth: whether the value is true or false.
     """
 
@@ -35,49 +37,134 @@ class Operation(NamedTuple):
     truth: bool = False
 
 
-class Code(NamedTuple):
-    """The rules of some outputs as machine code: its address, the policies that it takes, its constants."""
+class Program(NamedTuple):
+    """Some outputs that the same machine code makes.
 
-    address: int
-    rows: Array
-    constants: Array
+    Attributes:
+        loop: the code, see `machine_code.Loop`.
+        parameters: its constants, the words of its random masks, and the factors of each output, 64 bits each.
+        outputs: which of the steps they are.
+        ranked: the masks that need ranks; these follow the inputs among its sources.
+    """
+
+    loop: Any
+    parameters: Array
+    outputs: Sequence[int]
+    ranked: Sequence[Mask]
 
 
-def compiled_rules(steps: Sequence[TensorMerge]) -> Code | None:
-    """Return the machine code that computes the steps' residuals, or None if a rule does more than arithmetic."""
-    notes, rows = _Notes(), sorted({row for step in steps for row in step.rows})
-    kinds = {np.dtype(np.bool_): "mask", np.dtype(np.float64): "factor"}
-    masks = {
-        mask: notes.symbol(kinds[mask.dtype], place, truth=mask.dtype == np.bool_)
-        for place, mask in enumerate(all_masks(steps))
-    }
-    if len({mask.dtype for mask in masks}) > 1:
+def programs(
+    steps: Sequence[TensorMerge], stored: Sequence[np.dtype[Any] | None], bare: bool = False
+) -> list[Program] | None:
+    """Return the programs that make the outputs of some steps; None if a rule does more than arithmetic.
+
+    Args:
+        steps: of one tensor.
+        stored: the storage types of the base and of the policies; None for a residual in float64.
+        bare: whether the residuals are the outputs, in float64, without the schedule's scale.
+    """
+    kinds = [kind or np.dtype(np.float64) for kind in stored]
+    wanted = [np.dtype(np.float64) if bare else step.dtype.storage for step in steps]
+    code = kernels.machine_code()
+    if not code.supports(*kinds, *wanted):
         return None
-    try:
-        for index, step in enumerate(steps):
-            residuals = [notes.symbol("residual", rows.index(row)) for row in step.rows]
-            merged = step.residual(residuals, [masks[mask] for mask in step.masks])
-            notes.symbol("result", index, merged.place)
-    except (TypeError, ValueError, AttributeError):
-        return None
-    constants = np.array([float(text) for text in notes.constants])
-    return Code(kernels.machine_code(tuple(notes.places)), np.array(rows), constants)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    numbers = []
+    for index, step in enumerate(steps):
+        noted = _noted(step, stored, bare)
+        if noted is None:
+            return None
+        numbers.append(noted[1])
+        alike.setdefault((noted[0], wanted[index].name), []).append(index)
+    found = []
+    for (notes, kind), outputs in alike.items():
+        words = [word for mask in notes.masks for word in mask.words]
+        factors = [np.array(numbers[index], np.float64) for index in outputs]
+        constants = np.array([float(text) for text in notes.constants])
+        parameters = np.concatenate([constants, np.array(words, np.uint64).view(np.float64), *factors])
+        ranked = [mask for mask in notes.masks if mask.ranked]
+        names = (*(each.name for each in kinds), *(code.RANKS for _ in ranked))
+        found.append(Program(code.translated(notes.operations, names, kind), parameters, outputs, ranked))
+    return found
 
 
-class _Notes:
-    """The operations so far, each with its place; and the texts of the constants, with their places among these."""
+class _Structure(NamedTuple):
+    """What outputs of one program have in common: operations, the texts of the constants, and masks."""
+
+    operations: tuple[Operation, ...]
+    constants: tuple[str, ...]
+    masks: tuple[Mask, ...]
+
+
+def _noted(
+    step: TensorMerge, stored: Sequence[np.dtype[Any] | None], bare: bool
+) -> tuple[_Structure, Sequence[float]] | None:
+    """Return what makes an output, and its factors; None if its rule does more than arithmetic."""
+    if step.copy is not None:
+        notes = Notes()
+        notes.symbol("result", notes.symbol("source", step.copy).place)
+        return notes.structure(), ()
+    alike = step.linear and len(set(stored)) == 1 and not bare
+    # As `numpy_kernels.linear` does it: the scale goes into the weights.
+    weights = [weight * step.scale if alike else weight for weight in step.weights]
+    factors = weights if alike or bare else [*weights, step.scale]
+    # A rule may look at weights that are numbers.
+    for symbols in (True, False):
+        notes = Notes()
+        masks = notes.masks_of(step, len(stored))
+        origin = notes.symbol("source", 0)
+        residuals = []
+        for row in step.rows:
+            values = notes.symbol("source", row + 1)
+            residuals.append(values if stored[row + 1] is None else values - origin)
+        named = [notes.symbol("factor", place) for place in range(len(factors))]
+        given = named[: len(weights)] if symbols else weights
+        try:
+            merged = step.residual(residuals, masks, given)
+            result = merged if bare else origin + (merged if alike else merged * named[-1])
+            notes.symbol("result", result.place)
+            return notes.structure(), factors
+        except (TypeError, ValueError, AttributeError):
+            continue
+    return None
+
+
+class Notes:
+    """The operations so far, each with its place; the texts of the constants, with their places among these; masks."""
 
     def __init__(self) -> None:
+        """Start with nothing."""
         self.places: dict[Operation, int] = {}
         self.constants: dict[str, int] = {}
+        self.masks: list[Mask] = []
 
     def symbol(self, kind: str, *operands: int, truth: bool = False) -> Symbol:
+        """Note an operation, if it is a new one; return its value."""
         operation = Operation(kind, operands, truth)
         return Symbol(self, self.places.setdefault(operation, len(self.places)), truth)
 
+    def residual(self, policy: int, base: int) -> Symbol:
+        """Return policy − base of two sources."""
+        return self.symbol("source", policy) - self.symbol("source", base)
+
     def constant(self, value: float) -> Symbol:
+        """Return a number."""
         # The text of a number tells −0 from 0.
         return self.symbol("constant", self.constants.setdefault(repr(float(value)), len(self.constants)))
+
+    def masks_of(self, step: TensorMerge, sources: int) -> list[Symbol]:
+        """Return a symbol for the mask of each policy; ranks follow the `sources`."""
+        self.masks, symbols = all_masks([step]), {}
+        for place, mask in enumerate(self.masks):
+            number, rank = self.symbol("random", place), None
+            if mask.ranked:
+                rank, sources = self.symbol("source", sources), sources + 1
+            symbols[mask] = mask.chosen(number, rank)
+        return [symbols[mask] for mask in step.masks]
+
+    def structure(self) -> _Structure:
+        """Return all as plain data."""
+        return _Structure(tuple(self.places), tuple(self.constants), tuple(self.masks))
 
 
 class Symbol:
@@ -86,7 +173,7 @@ class Symbol:
     # numpy's numbers leave operators to this class.
     __array_ufunc__ = None
 
-    def __init__(self, notes: _Notes, place: int, truth: bool) -> None:
+    def __init__(self, notes: Notes, place: int, truth: bool) -> None:
         """Name the value at a place; `truth`: it is true or false."""
         self.notes, self.place, self.truth = notes, place, truth
 
@@ -97,6 +184,12 @@ class Symbol:
     def __abs__(self) -> Symbol:
         """Return the magnitude."""
         return self.notes.symbol("fabs", self.place)
+
+    def astype(self, kind: type) -> Symbol:
+        """Return the number rounded to float32."""
+        if kind is not np.float32:
+            raise TypeError("no type but float32")
+        return self.notes.symbol("single", self.place)
 
     def __pow__(self, exponent: int) -> Symbol:
         """Return 1, the power 0 of every number."""

@@ -19,9 +19,23 @@ Run = Callable[[int, int, int], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
 
 
 class Mask(Protocol):
-    """Draws the mask of a policy's tensor, boolean or float64 factors; equal ones, by hash, are drawn once."""
+    """The mask of a policy's tensor, boolean or float64 factors; equal ones, by hash, are drawn once."""
 
     dtype: ClassVar[np.dtype[Any]]
+
+    @property
+    def words(self) -> tuple[int, int, int]:
+        """Return the key of its random numbers, and how many bits number a block's values; see `Philox`."""
+
+    @property
+    def ranked(self) -> bool:
+        """Return whether it depends on the ranks of magnitudes."""
+
+    def chosen(self, numbers: Any, ranks: Any) -> Any:
+        """Return the mask by random numbers below 2²⁴ and ranks, float64 arrays or symbols."""
+
+    def ranks(self, run: Run, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill the uint32 array `out` with the ranks of a block, from the tensor's `start`-th value on."""
 
     def __call__(self, run: Run, start: int, out: np.ndarray[Any, Any]) -> None:
         """Fill `out` with the mask of a block, from the tensor's `start`-th value on."""
@@ -53,10 +67,11 @@ class TensorMerge:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     masks: Sequence[Mask] = ()
 
-    def residual(self, residuals: Sequence[Any], kept: Sequence[Any]) -> Any:
-        """Return what the rule makes of residuals and masks: arrays of numpy or torch, or symbols for them."""
+    def residual(self, residuals: Sequence[Any], kept: Sequence[Any], weights: Sequence[Any] | None = None) -> Any:
+        """Return what the rule makes of residuals, masks and weights: arrays of numpy or torch, or symbols for them."""
         assert self.rule is not None, "a copied tensor has no residual"
-        return self.rule(residuals, self.weights, **self.parameters, **({"kept": kept} if self.masks else {}))
+        drawn = {"kept": kept} if self.masks else {}
+        return self.rule(residuals, self.weights if weights is None else weights, **self.parameters, **drawn)
 
     def kept(self, masks: Iterable[Any]) -> list[Any]:
         """Return the mask of each of `rows`, from those of `all_masks([self])`: equal policies share one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import blake3
@@ -40,60 +40,52 @@ def overlap_ratios(
 
     def begin() -> Visitor:
         tables.append(np.zeros((2, len(rows)), np.int64))
-        return partial(kernels.count_overlaps, rows=np.array(rows), changed=changed, counts=tables[-1])
 
-    visit_blocks(base, policies, list(all_blocks(names, base.tensors)), threads, begin)
+        def count(pairs: Sequence[tuple[Array, Array]], counts: Array = tables[-1]) -> None:
+            kernels.count_overlaps([pairs[row] for row in rows], changed, counts)
+
+        return count
+
+    visit_blocks(base, policies, list(all_blocks(names, base.tensors)), threads, begin, stored=True)
     shared, alone = sum(tables, np.zeros((2, len(rows)), np.int64)).tolist()
     return {row: several / one if one else 0.0 for row, several, one in zip(rows, shared, alone, strict=True)}
-
-
-def keep_chances(width: int, density: float, window: float) -> Array:
-    """Return DELLA's probability to keep a value, by the rank of its magnitude in its row.
-
-    k = d − w/2 + w·(r − 1)/(n − 1) for the r-th smallest of n; d in a row of one value. Equal magnitudes are ranked in
-    the order of their places.
-
-    Args:
-        width: n.
-        density: d.
-        window: w.
-
-    Source: DELLA-Merging, arXiv 2406.11617, section 3.1.
-    """
-    if width == 1:
-        return np.full(1, density)
-    return (density - window / 2) + window * (np.arange(width) / (width - 1))
 
 
 def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Array:
     """Return `count` booleans, each true with probability `density`, for a tensor's values from `start` on.
 
+    See `uniform_numbers`.
+    """
+    mask: Array = RandomMask(seed, name, digest, density).chosen(uniform_numbers(seed, name, digest, start, count), ())
+    return mask
+
+
+def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
+    """Return `count` whole numbers below 2²⁴, all equally probable, as float32.
+
     The key of the counter-based generator Philox is made from the seed, the tensor's name and `digest`, the hash of the
     policy's values. So the numbers do not depend on the order of policies, the sharding or the threads. `start` is a
     multiple of the block length, and `count` at most that.
     """
-    mask = np.empty(-(-count // 8) * 8, np.bool_)
-    kernels.keep_random(mask, *_key(seed, name, digest, start, count), math.ceil(np.float32(density) * 2.0**24))
-    return mask[:count]
-
-
-def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
-    """Return `count` uint32 numbers below 2²⁴, all equally probable, by the generator of `random_mask`."""
-    numbers = np.empty(-(-count // 8) * 8, np.uint32)
-    kernels.draw_numbers(numbers, *_key(seed, name, digest, start, count))
-    return numbers[:count]
-
-
-def _key(seed: int, name: str, digest: bytes, start: int, count: int) -> tuple[int, int, int]:
-    """Return the two halves of the generator's key for a block, and the block's number."""
     assert start % BLOCK == 0 and count <= BLOCK
-    first, second = np.frombuffer(blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()[:16], dtype="<u8")
-    return first, second, start // BLOCK
+    # Of plain numbers, numpy would make an array of float64 if only one is beyond int64.
+    key, counter = np.array(_key(seed, name, digest), np.uint64), [0, 0, start // BLOCK, 0]
+    generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    numbers: Array = generator.random(count, np.float32)
+    numbers *= np.float32(2**24)
+    return numbers
+
+
+@lru_cache(maxsize=64)
+def _key(seed: int, name: str, digest: bytes) -> tuple[int, int]:
+    """Return the two halves of the generator's key."""
+    halves = np.frombuffer(blake3.blake3(f"{seed}:{name}:".encode() + digest).digest()[:16], dtype="<u8")
+    return int(halves[0]), int(halves[1])
 
 
 @dataclass(frozen=True)
 class RandomMask:
-    """The mask of one policy's tensor: see `random_mask`."""
+    """The mask of one policy's tensor: true with probability `density`."""
 
     seed: int
     name: str
@@ -101,41 +93,63 @@ class RandomMask:
     density: float
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.bool_)
 
+    @property
+    def words(self) -> tuple[int, int, int]:
+        """See `Mask`."""
+        return *_key(self.seed, self.name, self.digest), BLOCK.bit_length() - 1
+
+    @property
+    def ranked(self) -> bool:
+        """See `Mask`."""
+        return False
+
+    def chosen(self, numbers: Any, ranks: Any) -> Any:
+        """See `Mask`."""
+        return numbers < math.ceil(np.float32(self.density) * 2.0**24)
+
+    def ranks(self, run: Run, start: int, out: Array) -> None:
+        """Need no ranks."""
+
     def __call__(self, run: Run, start: int, out: Array) -> None:
         """Fill `out` with the mask from `start` on."""
-        out[:] = random_mask(self.seed, self.name, self.digest, self.density, start, out.size)
+        numbers = uniform_numbers(self.seed, self.name, self.digest, start, out.size)
+        ranks = np.empty(out.size if self.ranked else 0, np.uint32)
+        self.ranks(run, start, ranks)
+        out[:] = self.chosen(numbers, ranks.astype(np.float64))
 
 
 @dataclass(frozen=True)
-class RankedMask:
+class RankedMask(RandomMask):
     """DELLA's mask of one policy's tensor: 1/k where a value is kept, with probability k, else 0.
 
-    k is that of `keep_chances`; see `random_mask` for the rest.
+    k = d − w/2 + w·(r − 1)/(n − 1) for the r-th smallest magnitude of a row of n; d in a row of one value. Equal
+    magnitudes are ranked in the order of their places.
+
+    Source: DELLA-Merging, arXiv 2406.11617, section 3.1.
     """
 
-    seed: int
-    name: str
-    digest: bytes
-    density: float
     window: float
     width: int
     row: int
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float64)
 
-    def __call__(self, run: Run, start: int, out: Array) -> None:
-        """Fill `out` with the mask from `start` on."""
-        numbers = uniform_numbers(self.seed, self.name, self.digest, start, out.size)
-        limits, factors = _by_rank(self.width, self.density, self.window)
-        if limits.size == 1:
-            out[:] = (numbers < limits) * factors
-            return
+    @property
+    def ranked(self) -> bool:
+        """See `Mask`; without a window all have one probability."""
+        return self.width > 1 and self.window > 0
+
+    def chosen(self, numbers: Any, ranks: Any) -> Any:
+        """See `Mask`."""
+        if not self.ranked:
+            return (numbers < math.ceil(np.float32(self.density) * 2.0**24)) * (1.0 / self.density)
+        chances = (self.density - self.window / 2) + self.window * (ranks / (self.width - 1))
+        return (1.0 / chances) * (numbers < chances.astype(np.float32) * 2.0**24)
+
+    def ranks(self, run: Run, start: int, out: Array) -> None:
+        """Fill `out` with r − 1 of each value from `start` on."""
         # Ranks need whole rows, of which a block may have parts.
         first, last = start // self.width * self.width, -(-(start + out.size) // self.width) * self.width
-        kernels.keep_ranked(*run(self.row, first, last), self.width, numbers, limits, factors, start - first, out)
-
-
-@lru_cache(maxsize=8)
-def _by_rank(width: int, density: float, window: float) -> tuple[Array, Array]:
-    """Return for each rank below which of 2²⁴ numbers a value is kept, and 1/k; one of each if all have one k."""
-    chances = keep_chances(width if window else 1, density, window)
-    return np.ceil(chances.astype(np.float32) * 2.0**24).astype(np.uint32), 1.0 / chances
+        base, policy = run(self.row, first, last)
+        sizes = np.empty(last - first)
+        kernels.residual(base, policy, sizes)
+        kernels.rank_rows(sizes, self.width, start - first, out)

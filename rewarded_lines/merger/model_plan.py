@@ -100,6 +100,8 @@ class ModelPlan(Plan):
         """See `Plan.prepare`."""
         rows = [(METHODS[spec.method], spec) for spec in specs]
         measured = [spec for row, spec in rows if row.measure or row.weigh or len(spec.weights) > 2]
+        if measured:
+            kernels.expect(sum(self.base.tensors[name].elements for name in self._floats))
         for spec in measured:
             if spec.options.get("scope") == "model" and self._floats:
                 # One number for all tensors: all threads measure it together.

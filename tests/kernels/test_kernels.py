@@ -1,5 +1,6 @@
-"""The compiled loops against integers and fractions: every pattern widened, every tie rounded, tails of chunks."""
+"""The loops over values against integers and fractions: every pattern widened, every tie rounded, tails of chunks."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -7,21 +8,23 @@ import pytest
 from exact import BFLOAT16, FLOAT16, FLOAT32, LONG, decode, encode, encode_fraction
 
 from rewarded_lines.checkpoints.dtypes import FLOATS
-from rewarded_lines.kernels import compiled_kernels, numpy_kernels
+from rewarded_lines.kernels import machine_kernels, numpy_kernels
+from rewarded_lines.kernels.rule_programs import programs
+from rewarded_lines.kernels.tensor_merge import TensorMerge
+from rewarded_lines.merger.merge_rules import soup
 
 FORMATS = pytest.mark.parametrize("format_", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda format_: format_.name)
-QUICK = [(BFLOAT16, BFLOAT16), (FLOAT16, FLOAT32), (FLOAT32, FLOAT16)]
 SIXTEEN = pytest.mark.parametrize("format_", [BFLOAT16, FLOAT16], ids=lambda format_: format_.name)
 
 
-@pytest.fixture(params=[compiled_kernels, numpy_kernels], ids=["compiled", "numpy"], autouse=True)
+@pytest.fixture(params=[machine_kernels, numpy_kernels], ids=["machine", "numpy"], autouse=True)
 def kernels(request, monkeypatch):
     """Run every test with both implementations."""
     monkeypatch.setitem(globals(), "kernels", request.param)
 
 
-# Around the length of a chunk, below the width of a vector, and none at all.
-LENGTHS = [0, 1, 2, 3, 7, 8, 17, 511, 512, 513, 1023, 1024, 1025, 2100]
+# Around the width of a vector, below it, and none at all.
+LENGTHS = [0, 1, 2, 3, 7, 8, 9, 17, 511, 512, 513, 2100]
 
 
 def storage(format_):
@@ -182,15 +185,19 @@ def stored(generator, shape, format_):
     return codes.view(storage(format_)).reshape(shape), wide.reshape(shape)
 
 
-# Each format is read once and written once; each pair takes seconds to compile, and all are slow.
-@pytest.mark.parametrize(
-    ("format_", "target"),
-    [
-        pytest.param(one, other, id=f"{one.name}-{other.name}", marks=() if (one, other) in QUICK else pytest.mark.slow)
-        for one in (BFLOAT16, FLOAT16, FLOAT32)
-        for other in (BFLOAT16, FLOAT16, FLOAT32)
-    ],
-)
+def linear(base, policies, rows, weights, outs, target):
+    """Fill an output for each row of weights; return how many values are not finite, by machine code None if any is."""
+    if kernels is numpy_kernels:
+        chosen = [policies[row, : base.size] for row in rows]
+        return [numpy_kernels.linear(base, chosen, own, out) for own, out in zip(weights, outs, strict=True)]
+    steps = [TensorMerge(FLOATS[target.name], None, tuple(rows), tuple(own), rule=soup, linear=True) for own in weights]
+    (program,) = programs(steps, [base.dtype] * (1 + len(policies)))
+    sources = [base, *(policy[: base.size] for policy in policies)]
+    return [0] * len(outs) if program.loop.run(sources, program.parameters, outs) else None
+
+
+@pytest.mark.parametrize("target", [BFLOAT16, FLOAT16, FLOAT32], ids=lambda format_: format_.name)
+@FORMATS
 def test_linear(format_, target):
     generator = np.random.default_rng(4)
     weights = np.array([0.3, -0.7, 1.9, 0.25])
@@ -203,46 +210,61 @@ def test_linear(format_, target):
             for row, factor in zip(rows, factors, strict=True):
                 total += (others[row, :length] - wide) * factor
             # A second output, whose factors are twice those of the first, must not disturb it.
-            out, bad = np.full((2, length + 1), 77, storage(target)), np.zeros(2, np.int64)
-            kernels.linear(base, policies, np.array(rows), np.array([factors, 2 * factors]), out, bad)
+            out = np.full((2, length + 1), 77, storage(target))
+            assert linear(base, policies, rows, [factors, 2 * factors], out[:, :length], target) == [0, 0]
             for k in range(2):
                 assert np.array_equal(out[k, :length].view(target.unsigned), encode(wide + (k + 1) * total, target))
-            assert (out[:, length] == 77).all() and not bad.any()
+            assert (out[:, length] == 77).all()
 
 
-def test_linear_counts_what_is_not_finite():
-    for length in LENGTHS:
-        base, policies = np.ones(length, np.float32), np.ones((1, length), np.float32)
-        policies[0, ::5], base[3::11] = np.nan, np.inf
-        out, bad = np.empty((2, length), np.float32), np.array([0, 5])
-        kernels.linear(base, policies, np.array([0]), np.array([[0.5], [0.25]]), out, bad)
-        assert bad[0] == bad[1] - 5 == (~np.isfinite(out[0])).sum() == np.isnan(out[0]).sum()
+def test_what_is_not_finite_is_counted_or_told():
+    for length in LENGTHS[1:]:
+        for name, place in itertools.product(("base", "policy"), (0, length // 2, length - 1)):
+            base, policies = np.ones(length, np.float32), np.ones((2, length), np.float32)
+            (base if name == "base" else policies[1])[place] = np.nan if place else np.inf
+            out = np.empty((1, length), np.float32)
+            found = linear(base, policies, [0, 1], [[0.5, 0.25]], out, FLOAT32)
+            assert found == (None if kernels is machine_kernels else [1]), (length, name, place)
+            # Also where no output needs the policy.
+            found = linear(base, policies, [0], [[0.5]], out, FLOAT32)
+            assert found == (None if kernels is machine_kernels else [int(name == "base")]), (length, name, place)
+
+
+def test_what_may_not_be_finite_in_the_output_is_told():
+    for target, value in ((BFLOAT16, 3.39e38), (FLOAT16, 65519.0), (FLOAT16, 65520.0), (FLOAT32, 3.4028236e38)):
+        base, policies = np.zeros(9), np.zeros((1, 9))
+        policies[0, 8] = value
+        out = np.empty((1, 9), storage(target))
+        if kernels is machine_kernels:
+            assert linear(base, policies, [0], [[1.0]], out, target) is None
+        else:
+            bad = (encode(np.array([value]), target) == target.infinity).sum()
+            assert linear(base, policies, [0], [[1.0]], out, target) == [bad]
 
 
 @FORMATS
 def test_a_value_that_is_equal_everywhere_stays(format_):
     """Inf − inf is NaN; of equal values it is no change."""
     generator = np.random.default_rng(6)
-    for length in LENGTHS:
+    for length in LENGTHS[1:]:
         base, wide = stored(generator, length, format_)
         policies = np.stack([stored(generator, length, format_)[0] for _ in range(3)])
-        expected = np.empty((2, length), base.dtype)
-        args = (np.array([0, 2, 1]), np.array([[0.5, 0.25, 0.75], [1.0, -2.0, 0.5]]))
-        kernels.linear(base, policies, *args, expected, np.zeros(2, np.int64))
+        expected, args = np.empty((1, length), base.dtype), ([0, 2, 1], [[0.5, 0.25, 0.75]])
+        linear(base, policies, *args, expected, format_)
         infinite = encode(np.array([np.inf, -np.inf]), format_).view(base.dtype)
         for place, value in zip(range(0, length, 7), np.resize(infinite, length), strict=False):
             base[place], policies[:, place], expected[:, place] = value, value, value
-        out, bad = np.empty_like(expected), np.zeros(2, np.int64)
-        kernels.linear(base, policies, *args, out, bad)
-        kernels.restore(base, policies, *args, out)
-        assert np.array_equal(out, expected) and (bad == len(range(0, length, 7))).all()
+        if kernels is numpy_kernels:
+            out = np.empty_like(expected)
+            assert linear(base, policies, *args, out, format_) == [len(range(0, length, 7))]
+            assert np.array_equal(out, expected)
         residual = np.empty(length)
         kernels.residual(base, policies[0], residual)
         assert np.isfinite(residual).all() and (residual[::7] == 0).all()
 
 
 @FORMATS
-def test_residual_and_finish(format_):
+def test_residual(format_):
     generator = np.random.default_rng(5)
     for length in LENGTHS:
         base, wide = stored(generator, length, format_)
@@ -250,16 +272,6 @@ def test_residual_and_finish(format_):
         out = np.full(length + 1, 7.0)
         kernels.residual(base, policy, out[:length])
         assert np.array_equal(out[:length], other - wide) and out[length] == 7.0
-        merged = np.full(length + 1, 77, storage(format_))
-        assert kernels.finish(base, out[:length], 1.75, merged[:length]) == 0
-        expected = encode(wide + 1.75 * (other - wide), format_)
-        assert np.array_equal(merged[:length].view(format_.unsigned), expected) and merged[length] == 77
-
-
-def test_finish_counts_what_is_not_finite():
-    base, residual = np.ones(513, np.uint16), np.zeros(513)
-    residual[[0, 511, 512]] = np.nan, np.inf, 1e39
-    assert kernels.finish(base, residual, 1.0, np.empty(513, np.uint16)) == 3
 
 
 @pytest.mark.parametrize("rank", [1, 3, 16])

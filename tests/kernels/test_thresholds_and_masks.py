@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from rewarded_lines.checkpoints.dtypes import F64, FLOATS
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import compiled_choices, numpy_kernels
+from rewarded_lines.kernels import compiled_ranks, machine_kernels, numpy_kernels
 from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import BLOCK
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
@@ -92,7 +92,7 @@ def test_values_between_two_are_the_same_by_either(kind):
         found = [np.zeros(1001), np.zeros(1001)]
         counts = [
             loops.count_between(*stored, low, high, out)
-            for loops, out in zip((numpy_kernels, compiled_choices), found, strict=True)
+            for loops, out in zip((numpy_kernels, machine_kernels), found, strict=True)
         ]
         sizes = np.abs(np.where(values[0] == values[1], 0.0, values[1] - values[0]))
         inside = np.sort(sizes[(sizes > low) & (sizes < high)])
@@ -125,29 +125,15 @@ def test_ranks_and_overlaps_are_the_same_by_either(kind):
         pair = np.empty((2, count), FLOATS[kind].storage)
         for out, wide in zip(pair, values(*generator.standard_normal((2, count))), strict=True):
             numpy_kernels.cast(wide, out)
-        numbers, limits = generator.integers(0, 2**24, 3000, np.uint32), np.linspace(4e6, 1e7, width).astype(np.uint32)
-        kept = [np.zeros(3000), np.zeros(3000)]
-        for loops, out in zip((numpy_kernels, compiled_choices), kept, strict=True):
-            loops.keep_ranked(*pair, width, numbers, limits, np.arange(1.0, width + 1), min(1, width - 1), out)
-        assert np.array_equal(*kept), (name, width)
-        residuals, counts = np.zeros((3, count)), [np.zeros((2, 2), np.int64), np.zeros((2, 2), np.int64)]
-        numpy_kernels.cast(pair[0], residuals[0])
-        numpy_kernels.residual(*pair, residuals[2])
-        for loops, found in zip((numpy_kernels, compiled_choices), counts, strict=True):
-            loops.count_overlaps(residuals, np.array([2, 0]), 0.5, found)
+        sizes, ranks = np.empty(count), np.zeros((2, 3000), np.uint32)
+        numpy_kernels.residual(*pair, sizes)
+        for loops, out in zip((numpy_kernels, compiled_ranks), ranks, strict=True):
+            loops.rank_rows(sizes, width, min(1, width - 1), out)
+        assert np.array_equal(*ranks) and (width == 1 or ranks.any()), (name, width)
+        nothing, counts = np.zeros(count), np.zeros((2, 2, 2), np.int64)
+        for loops, found in zip((numpy_kernels, machine_kernels), counts, strict=True):
+            loops.count_overlaps([(pair[0], pair[1]), (nothing, sizes[::-1].copy())], 0.5, found)
         assert np.array_equal(*counts), (name, width)
-
-
-@pytest.mark.parametrize("density", [1e-9, 0.1, 0.5, 1.0])
-def test_masks_are_numpys_generator(density):
-    limit = math.ceil(np.float32(density) * 2.0**24)
-    for key, block in (((1, 2), 0), ((2**64 - 1, 2**63 + 5), 3)):
-        generator = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64), counter=[0, 0, block, 0]))
-        expected = generator.random(4096, np.float32) < np.float32(density)
-        for loops in (numpy_kernels, compiled_choices):
-            mask = np.empty(4096, bool)
-            loops.keep_random(mask, *np.array(key, np.uint64), block, limit)
-            assert np.array_equal(mask, expected), (loops, block)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.9])
