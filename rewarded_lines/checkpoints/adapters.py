@@ -261,6 +261,8 @@ def bare_base(folder: Path, fetched: bool = True) -> BareBase | None:
 
     `fetched` is False if the weights were not downloaded with the folder.
     """
+    if is_adapter(folder):
+        raise no_weights(folder, SINGLE_FILE)
     weights = fetched and any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
     path = folder / "config.json"
     if path.is_file():
