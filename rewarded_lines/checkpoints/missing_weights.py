@@ -18,6 +18,10 @@ _LOADED = re.compile(r"(pytorch_model|adapter_model)[\w.-]*\.bin")
 _CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _SHOWN = 3
+UNGATHERED = (
+    "DeepSpeed's ZeRO-3 leaves tensors empty if it does not gather them: save again with "
+    "stage3_gather_16bit_weights_on_model_save, or join its shards with zero_to_fp32.py"
+)
 
 
 def no_weights(
