@@ -220,6 +220,12 @@ def test_what_is_no_pair_is_refused_with_its_row(tmp_path, rows, said):
     assert problem.where.startswith(f"{tmp_path / 'a.jsonl'}, row {len(rows) - 1}")
 
 
+def test_pairs_of_one_answer_are_counted(tmp_path):
+    told, tie = [], {"prompt": "Why?", "chosen": "So.", "rejected": "So."}
+    read_pairs(save(tmp_path / "a.jsonl", tie, tie | {"chosen": "Mm."}), tell=told.append)
+    assert "1 of 2 pairs have the same answer twice" in told[0]
+
+
 def test_a_system_column_that_texts_do_not_read_is_told(tmp_path):
     told = []
     read_prompts(save(tmp_path / "a.jsonl", {"prompt": "Why?", "system": "Be brief."}), tell=told.append)
