@@ -48,9 +48,10 @@ def read_prompts(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> li
 def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
     """Return rows of prompt, chosen and rejected: three texts, or three lists of turns."""
     made = [_pair(row, spec, where) for where, row in _read(spec, root, PAIRS, tell)]
-    if ties := sum(row["chosen"] == row["rejected"] for row, _ in made):
-        tell(f"rows of {_name(spec)}: {ties} of {len(made)} pairs have the same answer twice, and teach nothing")
-    return _reported(made, spec, tell)
+    rows = _reported(made, spec, tell)
+    if ties := sum(row["chosen"] == row["rejected"] for row in rows):
+        tell(f"rows of {_name(spec)}: {ties} of {len(rows)} pairs have the same answer twice, and teach nothing")
+    return rows
 
 
 def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:

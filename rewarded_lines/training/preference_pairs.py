@@ -113,7 +113,8 @@ class TokenDPOTrainer(MovingReference, DPOTrainer):  # type: ignore[misc]
 def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
     """Return pairs as token ids, and the length of the longer side; `chosen_end` is a sampled end token, or −1."""
     prompts, columns = [row["prompt"] for row in pairs], {}
-    if all(isinstance(row["prompt"], list) and row.get("chosen_tokens") and row.get("rejected_tokens") for row in pairs):
+    kept = ("chosen_tokens", "rejected_tokens")
+    if all(isinstance(row["prompt"], list) and all(row.get(key) for key in kept) for row in pairs):
         # As they were sampled: a chat template may trim an answer, or put empty thoughts before it.
         columns = {f"{side}_ids": [list(row[f"{side}_tokens"]) for row in pairs] for side in ("chosen", "rejected")}
         columns["prompt_ids"] = encode(tokenizer, prompts)
