@@ -204,7 +204,7 @@ def _demonstration(row: Row, spec: DataSpec, where: str) -> Row:
 
 def _check_wanted(made: Row, columns: Row, where: str) -> None:
     """Refuse a demonstration of a bad answer (KTO), of turns not to be trained on, or of no answer."""
-    answers = [turn for turn in made.get("completion", made.get("messages", ())) if isinstance(turn, dict)]
+    answers = [turn for turn in made.get("completion") or made.get("messages") or () if isinstance(turn, dict)]
     own = [turn for turn in answers if turn["role"] == "assistant"]
     what, got, remedy = "", answers[-1:], _LEAVE_OUT
     if "completion" in made and str(columns.get("label")).lower() == "false":

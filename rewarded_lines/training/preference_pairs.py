@@ -112,7 +112,8 @@ class TokenDPOTrainer(MovingReference, DPOTrainer):  # type: ignore[misc]
 
 def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
     """Return pairs as token ids, and the length of the longer side; `chosen_end` is a sampled end token, or −1."""
-    prompts, columns = [row["prompt"] for row in pairs], {}
+    prompts = [row["prompt"] for row in pairs]
+    columns: dict[str, list[Any]] = {}
     kept = ("chosen_tokens", "rejected_tokens")
     if all(isinstance(row["prompt"], list) and all(row.get(key) for key in kept) for row in pairs):
         # As they were sampled: a chat template may trim an answer, or put empty thoughts before it.
