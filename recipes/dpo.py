@@ -139,7 +139,10 @@ def sampled_pairs(
         say(f"sampling {len(repeated)} responses to {len(prompts)} prompts with {engine}; this may take minutes")
         responses = sample(engine, policy, task.base, task.tokenizer, spec, repeated)
         return [
-            {"prompt": prompt, "response": one.text, "seen": one.judged, "end": task.reader.end_of(one)}
+            {
+                **{"prompt": prompt, "response": one.text, "seen": one.judged},
+                **{"end": task.reader.end_of(one), "tokens": one.tokens},
+            }
             for prompt, one in zip(repeated, responses, strict=True)
         ]
 
@@ -151,7 +154,8 @@ def sampled_pairs(
         scores = task.reward.score(repeated, seen, columns)
         if without := len(scores) - len(scored(scores)):
             say(f"{without} of {len(scores)} responses have no score, and enter no pair")
-        return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin, ends)
+        tokens = [row.get("tokens") for row in rows]
+        return best_and_worst(repeated, responses, scores, recipe.responses, recipe.margin, ends, tokens)
 
     scored_by = {name: task.inputs[name] for name in ("reward", "declarations")}
     made_from = {**sampled_from, **scored_by, "scales": task.reward.scales, "margin": recipe.margin}

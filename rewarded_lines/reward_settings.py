@@ -68,9 +68,10 @@ class RewardSpec(Strict):
     A `model` is a classifier: whole, a LoRA adapter of one, or a language model with a value head (TRL, OpenRLHF,
     LLaMA-Factory). Rewards that name one model and differ in `format` alone load it once, and it reads a text once.
     `format` is the score as a signed sum of classes, and must be given if there are several: "0" is the logit of class
-    0, "1-0" a difference of logits, "0x0.4" a weighted one. Classes of the config's `id2label` also go by name: "helpfulness - 0.2 x verbosity", with
-    spaces around the signs. The code in a model's folder runs only with `trust_remote_code`; the classes are then the
-    output's `rewards`, and "score" for what the code makes of them. `tokenizer` is another folder's or Hub id's.
+    0, "1-0" a difference of logits, "0x0.4" a weighted one. Classes of the config's `id2label` also go by name, with
+    spaces around the signs: "helpfulness - 0.2 x verbosity". The code in a model's folder runs only with
+    `trust_remote_code`; the classes are then the output's `rewards`, and "score" for what the code makes of them.
+    `tokenizer` is another folder's or Hub id's.
     `template` is the text that the model reads; a list of two is the pair for a cross-encoder; "chat" is the
     conversation in the reward model's own chat template.
 

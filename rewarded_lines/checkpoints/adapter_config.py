@@ -140,6 +140,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         config = AdapterConfig.model_validate({**given, "content": content})
     except ValidationError as error:
         problems += _wrong_values(error, content, path)
+    if not problems and config.alpha == 0:
+        what, remedy = "lora_alpha is 0, so the adapter changes nothing", "write there what the training had"
+        problems.append(Problem(what, str(path), remedy=f"{remedy}; verl's model_merger leaves a 0 to be filled in"))
     if problems:
         raise UserError(problems)
     return config

@@ -23,8 +23,8 @@ from rewarded_lines.checkpoints.adapter_config import (
 from rewarded_lines.checkpoints.conversions import ROOTS, WRAPPERS
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
-from rewarded_lines.checkpoints.low_rank import NO_MATRICES, LowRank, TokenRows, refuse_pair, refuse_rows
-from rewarded_lines.checkpoints.missing_weights import no_weights
+from rewarded_lines.checkpoints.low_rank import EMPTY, NO_MATRICES, LowRank, TokenRows, refuse_pair, refuse_rows
+from rewarded_lines.checkpoints.missing_weights import UNGATHERED, no_weights
 from rewarded_lines.checkpoints.reader import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -50,6 +50,8 @@ _TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler\.\w+)$")
 # Before the base's own tensor in a layer that PEFT wraps.
 _WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|original_module)\.")
 _SHOWN = 3
+_AGAIN = "copy or download the adapter again"
+_REMEDIES = {NO_MATRICES: MERGE_IN_PEFT, EMPTY: UNGATHERED}
 
 
 class Adapter(TensorFiles):
@@ -194,14 +196,14 @@ class Adapter(TensorFiles):
             name, bare = targets[module]
             rank = int(ranks[name])
             if what := refuse_pair(factors, rank, bare):
-                remedy = MERGE_IN_PEFT if NO_MATRICES in what else "copy or download the adapter again"
+                remedy = next((said for kind, said in _REMEDIES.items() if kind in what), _AGAIN)
                 problems.append(Problem(what, f"{path}: {module}", remedy=remedy))
                 continue
             a, b = (factors[name] for name in sorted(factors))
             experts = a.shape[0] // rank if bare else 0
             modules[name] = LowRank(name, a, b, config.scaling(rank, alphas[name]), "AE" in factors, experts)
         problems += [
-            Problem(what, f"{path}: {name}", remedy="copy or download the adapter again")
+            Problem(what, f"{path}: {name}", remedy=_AGAIN)
             for name, rows in self.rows.items()
             if (what := refuse_rows(rows))
         ]
@@ -261,6 +263,8 @@ def bare_base(folder: Path, fetched: bool = True) -> BareBase | None:
 
     `fetched` is False if the weights were not downloaded with the folder.
     """
+    if is_adapter(folder):
+        raise no_weights(folder, SINGLE_FILE)
     weights = fetched and any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
     path = folder / "config.json"
     if path.is_file():

@@ -102,6 +102,22 @@ def quantized(what: str, where: Path, method: str = "") -> UserError:
     )
 
 
+def named_quantized(settings: Any, path: Path, files: Iterable[Path]) -> UserError:
+    """Return the error for a config with `quantization_config`; `files` have the weights, if they are known."""
+    method = str(settings.get("quant_method", "") if isinstance(settings, dict) else "")[:40]
+    said = f" ({method})" if method else ""
+    try:
+        kinds = {info.dtype for file in files for info in read_header(file)}
+    except UserError:
+        kinds = set()
+    # Some tools leave the key there when they save dequantized weights.
+    if kinds and all(kind.floating for kind in kinds):
+        what = f"the config says that the model is quantized{said}, its weights are not"
+        remedy = "remove quantization_config from it: with it, loaders would quantize the weights"
+        return fail(what, where=str(path), remedy=remedy)
+    return quantized(f"the model is quantized{said}", path, method)
+
+
 def parse_json(raw: str, number: Callable[[str], int] | None = None) -> Any:
     """Return the value of a JSON text; `number` parses whole numbers in place of `int`.
 

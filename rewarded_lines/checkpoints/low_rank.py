@@ -9,6 +9,7 @@ from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.headers import TensorInfo
 
 NO_MATRICES = "only matrices are merged, no convolutions"
+EMPTY = "there are no values"
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,13 @@ def refuse_pair(factors: Mapping[str, TensorInfo], rank: int, bare: bool) -> str
     if set(factors) not in ({"A", "B"}, {"AE", "BE"}) or (bare and "AE" in factors):
         return "A or B is missing, or there are two of them"
     a, b = (factors[name] for name in sorted(factors))
+    if not a.elements or not b.elements:
+        return f"A has shape {a.shape}, B {b.shape}: {EMPTY}"
     if len(a.shape) != 2 or len(b.shape) != 2:
         return f"A has shape {a.shape}, B {b.shape}: {NO_MATRICES}"
     if not a.dtype.floating or not b.dtype.floating:
         return f"A is of type {a.dtype.torch}, B of {b.dtype.torch}: weights are floating-point numbers"
-    if a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+    if a.shape[0] != b.shape[1]:
         return f"A has shape {a.shape}, B {b.shape}: B·A does not exist"
     if bare and a.shape[0] % rank == 0:
         return ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from rewarded_lines.errors import UserError, fail
+from rewarded_lines.folders import json_object_in
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What trainers pickle beside weights.
@@ -16,6 +18,10 @@ _LOADED = re.compile(r"(pytorch_model|adapter_model)[\w.-]*\.bin")
 _CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _SHOWN = 3
+UNGATHERED = (
+    "DeepSpeed's ZeRO-3 leaves tensors empty if it does not gather them: save again with "
+    "stage3_gather_16bit_weights_on_model_save, or join its shards with zero_to_fp32.py"
+)
 
 
 def no_weights(
@@ -40,8 +46,18 @@ def no_weights(
     return fail(f"no {kind}weights there", where=str(folder), expected=expected, got=found, remedy=remedy)
 
 
+def fold(adapter: Path) -> str:
+    """Return how an adapter becomes a whole model, which can be a base."""
+    own = json_object_in(adapter / "adapter_config.json").get("base_model_name_or_path")
+    base, folder, out = (shlex.quote(str(text)) for text in (own or "BASE", adapter, f"{adapter}-full"))
+    command = f"rewarded-lines merge --base {base} --policy {folder} --lam 1 --beta 0 --as full --out {out}"
+    return f"fold it into the model that it was trained on, and give the result: {command}"
+
+
 def _remedies(folder: Path) -> Iterator[str]:
     """Yield what makes readable weights of what lies in a folder, the surest first."""
+    if (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_config.json").is_file():
+        yield f"an adapter is no base: {fold(folder)}"
     if inside := {path.parent.name for name in _WEIGHTS for path in folder.glob(f"*/{name}")}:
         # checkpoint-1000 comes after checkpoint-500.
         last = sorted(inside, key=lambda name: [int(part) for part in re.findall(r"\d{1,9}", name)])[-_SHOWN:]
@@ -50,9 +66,9 @@ def _remedies(folder: Path) -> Iterator[str]:
         yield "copy model.safetensors.index.json there, too: it says which shards belong together"
     joined, also = f"{folder}-joined", "and copy config.json and the tokenizer's files there"
     if (folder / "zero_to_fp32.py").is_file():
-        where = f"{folder / 'zero_to_fp32.py'} {folder} {joined}"
+        where = shlex.join(map(str, (folder / "zero_to_fp32.py", folder, joined)))
         yield f"join DeepSpeed's shards: python {where} --safe_serialization; {also}"
     if shards := sorted(path.parent for path in folder.glob("pytorch_model_fsdp*/*.distcp")):
-        yield f"join FSDP's shards: accelerate merge-weights {shards[0]} {joined}; {also}"
+        yield f"join FSDP's shards: accelerate merge-weights {shlex.join([str(shards[0]), joined])}; {also}"
     if any(folder.glob("*.gguf")):
         yield "GGUF is for inference: give the checkpoint that it was made from"

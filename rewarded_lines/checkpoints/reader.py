@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.headers import TensorInfo, damaged, parse_json, quantized, read_header
+from rewarded_lines.checkpoints.headers import TensorInfo, damaged, named_quantized, parse_json, read_header
 from rewarded_lines.checkpoints.missing_weights import no_weights
 from rewarded_lines.checkpoints.tensor_names import never_loaded
 from rewarded_lines.errors import Problem, UserError, fail
@@ -184,25 +184,9 @@ def read_config(folder: Path, files: Iterable[Path] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise fail("no config.json there", where=str(folder), expected="a Hugging Face model folder")
     config = read_json_object(path)
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = str(quantization.get("quant_method", "") if isinstance(quantization, dict) else "")[:40]
-        said = f" ({method})" if method else ""
-        if _all_floating(files):
-            what = f"the config says that the model is quantized{said}, its weights are not"
-            remedy = "remove quantization_config from it: with it, loaders would quantize the weights"
-            raise fail(what, where=str(path), remedy=remedy)
-        raise quantized(f"the model is quantized{said}", path, method)
+    if quantization := config.get("quantization_config"):
+        raise named_quantized(quantization, path, files)
     return config
-
-
-def _all_floating(files: Iterable[Path]) -> bool:
-    """True if all tensors of some files are numbers of 16 bits or more: the folder was saved after dequantizing."""
-    try:
-        kinds = {info.dtype for file in files for info in read_header(file)}
-    except UserError:
-        return False
-    return bool(kinds) and all(kind.floating for kind in kinds)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

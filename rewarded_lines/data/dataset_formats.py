@@ -48,7 +48,10 @@ def read_prompts(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> li
 def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
     """Return rows of prompt, chosen and rejected: three texts, or three lists of turns."""
     made = [_pair(row, spec, where) for where, row in _read(spec, root, PAIRS, tell)]
-    return _reported(made, spec, tell)
+    rows = _reported(made, spec, tell)
+    if ties := sum(row["chosen"] == row["rejected"] for row in rows):
+        tell(f"rows of {_name(spec)}: {ties} of {len(rows)} pairs have the same answer twice, and teach nothing")
+    return rows
 
 
 def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
@@ -201,7 +204,7 @@ def _demonstration(row: Row, spec: DataSpec, where: str) -> Row:
 
 def _check_wanted(made: Row, columns: Row, where: str) -> None:
     """Refuse a demonstration of a bad answer (KTO), of turns not to be trained on, or of no answer."""
-    answers = [turn for turn in made.get("completion", made.get("messages", ())) if isinstance(turn, dict)]
+    answers = [turn for turn in made.get("completion") or made.get("messages") or () if isinstance(turn, dict)]
     own = [turn for turn in answers if turn["role"] == "assistant"]
     what, got, remedy = "", answers[-1:], _LEAVE_OUT
     if "completion" in made and str(columns.get("label")).lower() == "false":

@@ -55,11 +55,24 @@ def notes_on(base: Base, reference: str, adapters: Mapping[str, Adapter]) -> lis
         if isinstance(base, Checkpoint)
         else "not compared, the base has no weights"
     )
-    return notes_on_origins(reference, adapters) + [
-        f"left out: {', '.join(adapter.copies)} in {name}, PEFT's copy of the base's ({compared})"
-        for name, adapter in adapters.items()
-        if adapter.copies
-    ]
+    notes = [f"policy `{name}`: every B is zero, so it changes nothing" for name in _unchanged(adapters)]
+    return (
+        notes
+        + notes_on_origins(reference, adapters)
+        + [
+            f"left out: {', '.join(adapter.copies)} in {name}, PEFT's copy of the base's ({compared})"
+            for name, adapter in adapters.items()
+            if adapter.copies
+        ]
+    )
+
+
+def _unchanged(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Return the adapters that nobody trained: B starts at zero."""
+    plain = {name: one for name, one in adapters.items() if one.modules and not (one.saved or one.rows)}
+    # Of embeddings A starts at zero.
+    zeros = {name: [m.a if m.embedding else m.b for m in one.modules.values()] for name, one in plain.items()}
+    return [name for name, infos in zeros.items() if not any(plain[name].read(info.name).any() for info in infos)]
 
 
 def _fit(base: Base, adapter: Adapter, where: str) -> list[Problem]:

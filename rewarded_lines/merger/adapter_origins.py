@@ -14,10 +14,11 @@ from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.hashing import weights_hash
+from rewarded_lines.checkpoints.missing_weights import fold
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.checkpoints.tensor_names import under_names_of
 from rewarded_lines.errors import Problem
-from rewarded_lines.folders import TRAINING_FILE
+from rewarded_lines.folders import TRAINING_FILE, json_object_in
 from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.config_checks import REMEDY, of_text
 from rewarded_lines.merger.lora_folding import Base
@@ -40,6 +41,8 @@ def compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> 
         return compare_hashes(base.folder, recorded, TRAINING_FILE, where)
     if not named or named == reference:
         return []
+    if remedy := _stacked(Path(named), base, reference):
+        return [Problem("trained on top of another adapter of this base", where, got=named[:_LONGEST], remedy=remedy)]
     if not _is_model(named):
         # The folder may be a download of the named model, or a path of the machine that trained the adapter.
         if _is_model(reference) or _model(named) == _model(reference):
@@ -57,6 +60,15 @@ def compare_origin(base: Base, reference: str, adapter: Adapter, where: str) -> 
         return [Problem("trained from another base", where, reference, f"{named[:_LONGEST]}, of other sizes", REMEDY)]
     problems = compare_hashes(base.folder, weights_hash(folder), named[:_LONGEST], where)
     return [] if problems and _has_same_values(Checkpoint(base.folder), Checkpoint(folder)) else problems
+
+
+def _stacked(named: Path, base: Base, reference: str) -> str:
+    """Return the remedy if an adapter's base is another adapter of this very base; else ""."""
+    under = json_object_in(named / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(under, str) or not under:
+        return ""
+    same = under == reference or (_is_model(under) and Path(under).resolve() == base.folder.resolve())
+    return fold(named) if same else ""
 
 
 def same_bases(adapters: Mapping[str, Adapter]) -> list[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,8 @@ def _open(checkpoint: str, base: str | None) -> _Subject:
 
 def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -> _Subject:
     if base is None or reference is None:
-        named = printable(adapter.config.base[:_LONGEST]) or "with the model it was trained from"
+        named = adapter.config.base[:_LONGEST]
+        named = printable(shlex.quote(named)) if named else "with the model it was trained from"
         what, remedy = "an adapter needs its base to be inspected", f"pass --base {named}"
         raise fail(what, where=adapter.name, got="no --base", remedy=remedy)
     adapters = {adapter.folder.name: adapter}

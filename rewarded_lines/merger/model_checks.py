@@ -17,6 +17,7 @@ from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.families import HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
+from rewarded_lines.checkpoints.missing_weights import UNGATHERED
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.folders import TRAINING_FILE
@@ -51,7 +52,26 @@ def check(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> tuple[list[st
     notes = [f"left out: {name}, {reason}" for name, reason in list(extra.items())[:SHOWN]]
     if len(extra) > SHOWN:
         notes.append(f"left out: {len(extra) - SHOWN} more tensors likewise")
+    notes += [_unchanged(name, policy) for name, policy in policies.items() if _equal(base, policy)]
     return [name for name in base.tensors if name not in extra], notes
+
+
+def _unchanged(name: str, policy: Checkpoint) -> str:
+    """Return the note on a policy that equals the base: verl's model_merger writes the adapter beside the base."""
+    beside = next(policy.folder.glob("*/adapter_model.safetensors"), None)
+    hint = f"; an adapter lies in {beside.parent}" if beside else ""
+    return f"policy `{name}` has the base's own values, so it changes nothing{hint}"
+
+
+def _equal(base: Checkpoint, policy: Checkpoint) -> bool:
+    """Return whether all tensors that two checkpoints share are equal; it ends at the first that differs."""
+    shared = [(info, policy.tensors[name]) for name, info in base.tensors.items() if name in policy.tensors]
+    return all(
+        np.array_equal(as_float64(base.read(one.name, *block)), as_float64(policy.read(other.name, *block)))
+        for one, other in shared
+        if one.dtype.floating and other.dtype.floating
+        for block in blocks_of(one.elements)
+    )
 
 
 def _left_out(base: Checkpoint, policies: Mapping[str, Checkpoint]) -> dict[str, str]:
@@ -171,7 +191,8 @@ def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set
             what = f"shape {info.shape} in base, {other.shape} in {name}"
             rows = _vocabulary(base)
             resized = info.shape[:1] == (rows,) and info.shape[1:] == other.shape[1:]
-            problems.append(Problem(what, where=tensor, remedy=resize(other.shape[0]) if resized else REMEDY))
+            remedy = resize(other.shape[0]) if resized else REMEDY if other.elements else UNGATHERED
+            problems.append(Problem(what, where=tensor, remedy=remedy))
         elif not info.dtype.floating or not other.dtype.floating:
             problems += _compare_buffers(base, policy, info, other, name)
     return few(problems, f"policy `{name}`", SHOWN, "more tensors differ likewise")

@@ -142,7 +142,9 @@ def _end(error: UserError) -> NoReturn:
     sys.stderr.write(f"{error}\n" if rank == "0" else f"process {rank}: {error}\n")
     sys.stderr.flush()
     # Several processes: an ordinary exit could wait forever for the others in a collective call.
-    os._exit(1) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else sys.exit(1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(1)
+    sys.exit(1)
 
 
 def _sources(argv: Sequence[str], known: list[str]) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from trl import DPOTrainer
 
 from rewarded_lines.data.messages import as_answer
-from rewarded_lines.data.prompts import Prompt, encode_answers
+from rewarded_lines.data.prompts import Prompt, encode, encode_answers
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import atomic_file
@@ -59,12 +59,13 @@ def best_and_worst(
     count: int,
     margin: float,
     ends: Sequence[int] = (),
+    tokens: Sequence[Sequence[int] | None] = (),
 ) -> list[Row]:
     """Return a pair of the best and the worst response to each prompt, with their scores.
 
     Each prompt stands `count` times in a row, once for each response. A response without a score (NaN) enters no pair,
     and no deviation. The scores of a pair differ by more than `margin` standard deviations of all scores. `ends` are
-    the tokens that ended responses, −1 for none; they are kept with the pairs.
+    the tokens that ended responses, −1 for none; they are kept with the pairs, and so are the `tokens` of responses.
     """
     least = margin * statistics.pstdev(scored(scores) or [0.0])
     rows, compared = [], 0
@@ -81,6 +82,7 @@ def best_and_worst(
             row |= answers if isinstance(prompt, str) else {side: as_answer(one) for side, one in answers.items()}
             row |= {f"{side}_score": scores[place] for side, place in sides.items()}
             row |= {f"{side}_end": ends[place] for side, place in sides.items()} if ends else {}
+            row |= {f"{side}_tokens": tuple(tokens[place] or ()) for side, place in sides.items()} if tokens else {}
             rows.append(row)
     if not compared:
         remedy = "train on prompts that the reward scores, or sample more `responses` to each"
@@ -110,8 +112,14 @@ class TokenDPOTrainer(MovingReference, DPOTrainer):  # type: ignore[misc]
 
 def pair_tokens(tokenizer: Any, pairs: Sequence[Row], ends: Collection[int]) -> Dataset:
     """Return pairs as token ids, and the length of the longer side; `chosen_end` is a sampled end token, or −1."""
-    prompts, columns = [row["prompt"] for row in pairs], {}
-    for side in ("chosen", "rejected"):
+    prompts = [row["prompt"] for row in pairs]
+    columns: dict[str, list[Any]] = {}
+    kept = ("chosen_tokens", "rejected_tokens")
+    if all(isinstance(row["prompt"], list) and all(row.get(key) for key in kept) for row in pairs):
+        # As they were sampled: a chat template may trim an answer, or put empty thoughts before it.
+        columns = {f"{side}_ids": [list(row[f"{side}_tokens"]) for row in pairs] for side in ("chosen", "rejected")}
+        columns["prompt_ids"] = encode(tokenizer, prompts)
+    for side in () if columns else ("chosen", "rejected"):
         answers = [row[side] for row in pairs]
         columns["prompt_ids"], tails = encode_answers(tokenizer, prompts, answers, ends)
         sampled = zip(tails, (row.get(f"{side}_end") for row in pairs), strict=True)

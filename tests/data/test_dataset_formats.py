@@ -110,7 +110,8 @@ def test_every_published_form_is_one_prompt_and_two_answers(tmp_path, name):
     told = []
     assert read_pairs(save(tmp_path / "a.jsonl", row), tell=told.append) == [made]
     assert prompts_of(save(tmp_path / "a.jsonl", row)) == [made["prompt"]]
-    (sentence,) = told
+    sentence, *ties = told
+    assert bool(ties) == (name == "the same answer twice")
     kind = "chats" if isinstance(made["prompt"], list) else "texts"
     assert sentence.startswith(f"rows of {tmp_path / 'a.jsonl'}: {kind}")
     nothing = not row.get("prompt", row.get("conversations")) and name != "the prompt as messages"
@@ -218,6 +219,12 @@ def test_what_is_no_pair_is_refused_with_its_row(tmp_path, rows, said):
         read_pairs(save(tmp_path / "a.jsonl", *rows))
     (problem,) = caught.value.problems
     assert problem.where.startswith(f"{tmp_path / 'a.jsonl'}, row {len(rows) - 1}")
+
+
+def test_pairs_of_one_answer_are_counted(tmp_path):
+    told, tie = [], {"prompt": "Why?", "chosen": "So.", "rejected": "So."}
+    read_pairs(save(tmp_path / "a.jsonl", tie, tie | {"chosen": "Mm."}), tell=told.append)
+    assert "1 of 2 pairs have the same answer twice" in told[1]
 
 
 def test_a_system_column_that_texts_do_not_read_is_told(tmp_path):

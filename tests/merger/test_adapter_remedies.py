@@ -1,6 +1,7 @@
 """What refusals of adapters recommend, carried out: then the merge works."""
 
 import json
+import shlex
 import shutil
 import warnings
 from pathlib import Path
@@ -316,3 +317,23 @@ def test_a_base_that_was_released_in_eight_bits(tiny):
         wanted = value if step is None else small[name].to(torch.float32) * step
         assert torch.allclose(start[name].float(), wanted.float(), rtol=1e-2)
     merge("fp8-dequantized", ["first"], 0.5, method="wise-ft", out="out")
+
+
+def test_adapters_on_top_of_another_adapter(tiny, cli):
+    """DPO after SFT, both with LoRA: the first adapter is folded into its base as the error says."""
+    save_adapter(tiny / "sft", tiny / "stage one", 7)
+    for seed, name in enumerate(("one", "two"), start=1):
+        save_adapter(tiny / "sft", tiny / name, seed)
+        edit_settings(tiny / name, base_model_name_or_path=str(tiny / "stage one"))
+    said = []
+    for base, kind in (("sft", "adapter"), ("stage one", "adapter"), ("stage one", "full")):
+        with pytest.raises(UserError, match="fold it into the model that it was trained on") as caught:
+            merge(base, ["one", "two"], 0.3, as_=kind, out="out")
+        said += [problem.remedy.partition("rewarded-lines ")[2] for problem in caught.value.problems]
+    assert {part.replace(f"{tiny}/", "") for part in said} == {said[-1].replace(f"{tiny}/", "")}
+    assert cli(*shlex.split(said[-1])).code == 0
+    merge("stage one-full", ["one", "two"], 0.3, as_="full", out="out")
+    base = AutoModelForCausalLM.from_pretrained("sft")
+    exact = PeftModel.from_pretrained(base, "stage one").merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained("stage one-full").state_dict()
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in exact.items())

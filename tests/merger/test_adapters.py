@@ -447,6 +447,15 @@ def test_settings_that_earlier_versions_of_peft_do_not_know_are_left_out(tiny):
     assert not {"target_parameters", "trainable_token_indices"} & settings.keys()
 
 
+def test_an_adapter_that_nobody_trained(tiny):
+    save_adapter(tiny / "sft", tiny / "one", 1)
+    values = {name: value * ("lora_A" in name) for name, value in factors(tiny / "one").items()}
+    save_file(values, tiny / "one/adapter_model.safetensors", {"format": "pt"})
+    for as_ in ("adapter", "full"):
+        (result,) = merge("sft", ["one"], 1, as_=as_, out=as_)
+        assert "policy `one`: every B is zero, so it changes nothing" in result.notes
+
+
 @pytest.mark.parametrize("kind", ["orthogonal", "mica", "velora", "monteclora"])
 def test_variants_of_training_are_plain_lora(tiny, kind):
     """They start or train otherwise, and compute B·A: values as PEFT folds them, and an adapter that PEFT loads."""

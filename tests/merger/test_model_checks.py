@@ -151,7 +151,7 @@ def test_an_encoders_own_copy_of_shared_embeddings_is_left_out(tmp_path):
         tmp_path / "base", lambda content: {**content, "encoder.embed_tokens.weight": content["shared.weight"].clone()}
     )
     (result,) = merge(tmp_path / "base", [tmp_path / "first"], out=tmp_path / "out")
-    assert list(result.notes) == ["left out: encoder.embed_tokens.weight, tied to shared.weight"]
+    assert result.notes[0] == "left out: encoder.embed_tokens.weight, tied to shared.weight"
 
 
 def test_the_text_config_speaks_for_a_model_that_sees(tmp_path):
@@ -267,6 +267,22 @@ def test_added_vocabulary_of_a_model_that_sees(tmp_path):
     model.save_pretrained(tmp_path / "grown")
     said = refused(tmp_path, (tmp_path / "base", {"grown": tmp_path / "grown", "again": tmp_path / "grown"}))
     assert said.count("base.resize_token_embeddings(308)") == 4
+
+
+def test_tensors_that_zero_left_empty(tmp_path):
+    inputs = family(tmp_path, tensors(), tensors(0, 0.1), tensors(0, 0.2), TIED)
+    resave(tmp_path / "second", lambda content: {**content, EMBEDDING: torch.zeros(0)})
+    assert "stage3_gather_16bit_weights_on_model_save" in refused(tmp_path, inputs)
+
+
+def test_a_policy_that_changes_nothing(tmp_path):
+    """Tools that forget an adapter save the base once more; verl puts the adapter beside it."""
+    inputs = family(tmp_path, tensors(), tensors(), tensors(0, 0.2), TIED)
+    (tmp_path / "first/lora_adapter").mkdir()
+    (tmp_path / "first/lora_adapter/adapter_model.safetensors").write_text("x")
+    _, result = merged(tmp_path, inputs)
+    said = "policy `first` has the base's own values, so it changes nothing; an adapter lies in "
+    assert list(result.notes) == [f"{said}{tmp_path / 'first/lora_adapter'}"]
 
 
 BUFFERS = [

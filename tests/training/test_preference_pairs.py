@@ -154,3 +154,18 @@ def test_answers_end_as_they_were_sampled():
     assert [one["prompt_ids"] for one in found] == [tokenizer("the")["input_ids"]] * 2
     assert [one["chosen_ids"] for one in found] == [[*chosen, other], [*chosen, end]]
     assert [one["rejected_ids"] for one in found] == [rejected, [*rejected, end]]
+
+
+@pytest.mark.parametrize("template", ["{{ content | trim }}", "{{ '<think>\\n\\n</think>\\n\\n' + content }}"])
+def test_sampled_answers_to_chats_keep_their_tokens_whatever_the_template_makes_of_them(template):
+    """Llama 3 trims an answer, Qwen 3 puts empty thoughts before it, DeepSeek-R1 renders another prompt before one."""
+    tokenizer, end = make_tokenizer(), 2
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' }}{% set content = m.content %}" + template + "{{ '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    )
+    sampled = [(*tokenizer(text)["input_ids"], end) for text in (" quick fox", " dog")]
+    rows = best_and_worst([CHAT] * 2, [" quick fox", " dog"], [1.0, 0.0], 2, 0.0, [end] * 2, sampled)
+    (found,) = pair_tokens(tokenizer, rows, frozenset([end])).to_list()
+    assert (tuple(found["chosen_ids"]), tuple(found["rejected_ids"])) == tuple(sampled)
+    assert tokenizer.decode(found["prompt_ids"]).endswith("assistant:<think>")
