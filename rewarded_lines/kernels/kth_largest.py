@@ -39,11 +39,11 @@ def kth_largest(
     base: TensorFiles,
     policies: Sequence[Source],
     names: Sequence[str],
-    rank: int,
+    ranks: Sequence[int],
     threads: int = 0,
     ranked: TensorMerge | None = None,
-) -> tuple[float, ...]:
-    """Return for each policy the `rank`-th largest |τ| of some tensors, which need not fit in memory.
+) -> list[tuple[float, ...]]:
+    """Return for each rank, and for each policy, the |τ| of that rank in some tensors, which need not fit in memory.
 
     A sample tells between which two values the result very probably is. One pass over the files counts what is above
     them and ranks what is between. Otherwise by a radix selection: each pass counts magnitudes by their next bits, from
@@ -53,7 +53,7 @@ def kth_largest(
         base: the SFT model.
         policies: each is ranked by itself.
         names: the tensors, ranked together.
-        rank: from 1 to the number of values.
+        ranks: from 1, the largest, to the number of values.
         threads: 0 for all cores.
         ranked: a rule that makes the one row of values that are ranked in place of the residuals.
     """
@@ -62,9 +62,15 @@ def kth_largest(
     total = sum(count for _, _, count in blocks)
     if total * rows > min(_HELD, _FEW):
         samples = _sample(base, policies, blocks, threads, ranked)
-        found = _ranked_between(visit, [_bounds(each, rank / total) for each in samples], lambda _: rank, total)
+        bounds = [_bounds(each, rank / total) for rank in ranks for each in samples]
+        found = _ranked_between(visit, bounds, lambda _: [rank for rank in ranks for _ in samples], total)
         if isinstance(found, tuple):
-            return found
+            return [found[first : first + rows] for first in range(0, len(found), rows)]
+    return [_by_radix(visit, rank, rows, total) for rank in ranks]
+
+
+def _by_radix(visit: Visit, rank: int, rows: int, total: int) -> tuple[float, ...]:
+    """Return for each row of `total` values the one of a rank, by a radix selection."""
     ranks, prefixes = [rank] * rows, [0] * rows
     left, shift = [total] * rows, 63
     for lower, bits in _LEVELS:
@@ -101,10 +107,12 @@ def share_of_nonzero(
         return _largest(values, rank) if rank else math.inf
     (samples,) = _sample(base, policies, blocks, 1, ranked)
     some = np.count_nonzero(np.concatenate(samples)) / sum(part.size for part in samples)
-    found = _ranked_between(visit, [_bounds(samples, share * some)], lambda zeros: int(share * (total - zeros)), total)
+    found = _ranked_between(
+        visit, [_bounds(samples, share * some)], lambda zeros: [int(share * (total - zeros))], total
+    )
     if isinstance(found, tuple):
         return found[0]
-    return kth_largest(base, policies, names, found, 1, ranked)[0] if found else math.inf
+    return _by_radix(visit, found[0], 1, total)[0] if found[0] else math.inf
 
 
 def _sample(
@@ -145,11 +153,11 @@ def _bounds(parts: Sequence[Array], share: float) -> Bounds:
 
 
 def _ranked_between(
-    visit: Visit, bounds: Sequence[Bounds], wanted: Callable[[int], int], total: int
-) -> tuple[float, ...] | int:
-    """Return the values of a rank; or that rank, if one is not within its bounds, or too many values are.
+    visit: Visit, bounds: Sequence[Bounds], wanted: Callable[[int], list[int]], total: int
+) -> tuple[float, ...] | list[int]:
+    """Return the value of each bound's rank; or the ranks, if a value is not within its bounds, or too many values are.
 
-    `wanted` is the rank by the number of zeros, where there is one row.
+    Bounds are of the rows in turn, which may come several times. `wanted` gives their ranks by the zeros of the first.
     """
     counts, parts, lock = np.zeros((len(bounds), 4), np.int64), [[np.empty(0)] for _ in bounds], Lock()
     if sum(bound.share for bound in bounds) * total > _HELD:
@@ -159,8 +167,8 @@ def _ranked_between(
         between = np.empty(BLOCK)
 
         def look(pairs: Sequence[tuple[Array, Array]]) -> None:
-            for row, ((low, high, _), pair) in enumerate(zip(bounds, pairs, strict=True)):
-                number, ends = kernels.count_between(*pair, low, high, between)
+            for row, (low, high, _) in enumerate(bounds):
+                number, ends = kernels.count_between(*pairs[row % len(pairs)], low, high, between)
                 with lock:
                     counts[row] += ends
                     parts[row].append(between[:number].copy())
@@ -168,13 +176,11 @@ def _ranked_between(
         return look
 
     visit(begin, stored=True)
-    rank, found = wanted(int(counts[0, 3])), []
-    if rank == 0:
-        return 0
-    for (low, high, _), (above, top, bottom, _), part in zip(bounds, counts, parts, strict=True):
+    ranks, found = wanted(int(counts[0, 3])), []
+    for rank, (low, high, _), (above, top, bottom, _), part in zip(ranks, bounds, counts, parts, strict=True):
         values, place = np.concatenate(part), rank - above
-        if place <= 0 or place > top + values.size + bottom:
-            return rank
+        if rank == 0 or place <= 0 or place > top + values.size + bottom:
+            return ranks
         inside = top < place <= top + values.size
         found.append(_largest(values, place - top) if inside else high if place <= top else low)
     return tuple(found)

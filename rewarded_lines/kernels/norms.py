@@ -85,7 +85,7 @@ class Facts:
                 return (0.0,) * len(self._policies)
             # Several tensors are measured at the same time, so each in one thread.
             rank, threads = max(1, int(density * total)), int(scope == "tensor")
-            return kth_largest(self._base, self._policies, names, rank, threads)
+            return kth_largest(self._base, self._policies, names, [rank], threads)[0]
 
         found = self._once(("thresholds", "" if scope == "model" else name, density), measure)
         return {"thresholds": [found[row] for row in rows]}
@@ -104,8 +104,9 @@ class Facts:
             lower, upper = (0.0,) * len(self._policies), (math.inf,) * len(self._policies)
             if count == 0 or density == 1:
                 return lower, upper
-            largest = partial(kth_largest, self._base, self._policies, [name], threads=1)
-            return largest(rank=dropped + kept), largest(rank=dropped + 1) if dropped else upper
+            ranks = [dropped + kept, *([dropped + 1] if dropped else [])]
+            found = kth_largest(self._base, self._policies, [name], ranks, threads=1)
+            return found[0], found[1] if dropped else upper
 
         lower, upper = self._once(("bands", name, density, outliers), measure)
         return {"lower": [lower[row] for row in rows], "upper": [upper[row] for row in rows]}

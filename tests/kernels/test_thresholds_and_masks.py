@@ -47,7 +47,7 @@ def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatc
         # The second bounds hold few of the values.
         monkeypatch.setattr(ranking, "_bounds", bounds)
         for rank in (1, 2, 299, 1500, 2999, 3000):
-            found = kth_largest(base, policies, ["w0", "w1", "w2"], rank, threads)
+            (found,) = kth_largest(base, policies, ["w0", "w1", "w2"], [rank], threads)
             expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
             assert found == expected, rank
 
@@ -59,9 +59,9 @@ def test_one_pass_after_a_sample(sources, monkeypatch):
     counted = []
     monkeypatch.setattr(ranking, "_count", lambda *given: counted.append(given))
     base, policies, drawn = sources
-    for rank in (300, 1500, 2700):
-        expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
-        assert kth_largest(base, policies, ["w0", "w1", "w2"], rank, 1) == expected and not counted
+    ranks = (300, 1500, 2700)
+    expected = [tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values()) for rank in ranks]
+    assert kth_largest(base, policies, ["w0", "w1", "w2"], ranks, 1) == expected and not counted
 
 
 def test_a_share_of_what_is_not_zero(sources, monkeypatch):
