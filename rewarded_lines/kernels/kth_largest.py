@@ -24,7 +24,7 @@ _LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
 # So many values are ranked in memory, at most.
 _HELD = 1 << 23
 # More are not ranked all: a sample of one in so many shows which to rank.
-_FEW, _THINNED = 1 << 18, 64
+_FEW, _THINNED = 1 << 18, 256
 
 
 class Bounds(NamedTuple):
@@ -142,14 +142,18 @@ def _bounds(parts: Sequence[Array], share: float) -> Bounds:
 
     The distance is four standard errors; those of parts, since values of one block are alike.
     """
-    ordered = np.sort(np.concatenate(parts))[::-1]
-    place = int(share * (ordered.size - 1))
-    sizes = np.array([part.size for part in parts])
-    hits = np.array([np.count_nonzero(part >= ordered[place]) for part in parts])
-    margin = 1 + int(4 * math.sqrt(((hits - hits.sum() / ordered.size * sizes) ** 2).sum()))
-    low = float(ordered[place + margin]) if place + margin < ordered.size else 0.0
-    high = float(ordered[place - margin]) if place >= margin else math.inf
-    return Bounds(low, high, np.count_nonzero((ordered > low) & (ordered < high)) / ordered.size)
+    values = np.concatenate(parts)
+    last = values.size - 1
+    place = int(share * last)
+    values.partition(last - place)
+    middle, sizes = values[last - place], np.array([part.size for part in parts])
+    hits = np.array([np.count_nonzero(part >= middle) for part in parts])
+    margin = 1 + int(4 * math.sqrt(((hits - hits.sum() / values.size * sizes) ** 2).sum()))
+    below, above = last - place - margin, last - place + margin
+    values.partition([max(0, below), min(last, above)])
+    low = float(values[below]) if below >= 0 else 0.0
+    high = float(values[above]) if above <= last else math.inf
+    return Bounds(low, high, np.count_nonzero((values > low) & (values < high)) / values.size)
 
 
 def _ranked_between(
@@ -164,14 +168,14 @@ def _ranked_between(
         bounds = [Bounds(math.inf, math.inf, 0.0)] * len(bounds)
 
     def begin() -> Visitor:
-        between = np.empty(BLOCK)
+        between = np.empty((len(bounds), BLOCK))
 
         def look(pairs: Sequence[tuple[Array, Array]]) -> None:
-            for row, (low, high, _) in enumerate(bounds):
-                number, ends = kernels.count_between(*pairs[row % len(pairs)], low, high, between)
-                with lock:
+            found = kernels.count_between(pairs, [(low, high) for low, high, _ in bounds], between)
+            with lock:
+                for row, (number, *ends) in enumerate(found):
                     counts[row] += ends
-                    parts[row].append(between[:number].copy())
+                    parts[row].append(between[row, :number].copy())
 
         return look
 

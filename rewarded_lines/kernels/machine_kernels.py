@@ -6,6 +6,7 @@ floating-point numbers, are left to numpy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from rewarded_lines.kernels.machine_code import LANES, Loop, supports, translate
 from rewarded_lines.kernels.rule_programs import Notes
 
 Array = np.ndarray[Any, Any]
+Pair = tuple[Array, Array]
 _INFINITE = 0x7FF << 52
 
 
@@ -118,36 +120,40 @@ def _note_among(notes: Notes) -> None:
 
 
 def count_between(
-    base: Array, policy: Array, low: float, high: float, found: Array
-) -> tuple[int, tuple[int, int, int, int]]:
+    pairs: Sequence[Pair], bounds: Sequence[tuple[float, float]], found: Sequence[Array]
+) -> list[tuple[int, ...]]:
     """See `numpy_kernels.count_between`."""
-    counts = np.zeros((5, 1), np.int64)
-    rest = _measured(_note_between, [base, policy], [*counts, found], [low, high])
-    number, *ends = counts[:, 0].tolist() if rest else [0] * 5
-    if rest == base.size:
-        return number, tuple(ends)
-    more, further = numpy_kernels.count_between(base[rest:], policy[rest:], low, high, found[number:])
-    above, top, bottom, zeros = (one + other for one, other in zip(ends, further, strict=True))
-    return number + more, (above, top, bottom, zeros)
+    sources, places = _distinct(pairs)
+    counts = np.zeros((len(bounds), 5), np.int64)
+    # The lower bound again, if it is another: nothing equals NaN.
+    factors = [each for low, high in bounds for each in (low, high, low if low < high else math.nan)]
+    targets = [*counts.reshape(-1, 1), *found]
+    rest = _measured(_note_between, sources, targets, factors, len(bounds), *places)
+    first = [tuple(row) for row in (counts if rest else np.zeros_like(counts)).tolist()]
+    if rest == sources[0].size:
+        return first
+    more = numpy_kernels.count_between(
+        [(base[rest:], policy[rest:]) for base, policy in pairs],
+        bounds,
+        [out[row[0] :] for out, row in zip(found, first, strict=True)],
+    )
+    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, more, strict=True)]
 
 
-def _note_between(notes: Notes) -> None:
-    size, least, most = abs(notes.residual(1, 0)), notes.symbol("factor", 0), notes.symbol("factor", 1)
-    inside = (size > least) & (size < most)
-    sets = inside, size > most, size == most, (size == least) & (least < most), size == 0.0
-    for place, each in enumerate(sets):
-        notes.symbol("count", place, each.place)
-    notes.symbol("collect", len(sets), inside.place, size.place)
+def _note_between(notes: Notes, bounds: int, *places: int) -> None:
+    sizes = [abs(notes.residual(policy, base)) for base, policy in zip(places[::2], places[1::2], strict=True)]
+    for row in range(bounds):
+        size, (low, high, other) = sizes[row % len(sizes)], (notes.symbol("factor", 3 * row + k) for k in range(3))
+        inside = (size > low) & (size < high)
+        for place, each in enumerate((inside, size > high, size == high, size == other, size == 0.0)):
+            notes.symbol("count", 5 * row + place, each.place)
+        notes.symbol("collect", 5 * bounds + row, inside.place, size.place)
 
 
-def count_overlaps(pairs: Sequence[tuple[Array, Array]], changed: float, counts: Array) -> None:
+def count_overlaps(pairs: Sequence[Pair], changed: float, counts: Array) -> None:
     """See `numpy_kernels.count_overlaps`."""
-    # Most pairs have one base.
-    sources = {id(values): values for pair in pairs for values in pair}
-    order = list(sources)
-    places = [order.index(id(values)) for pair in pairs for values in pair]
-    found = np.zeros((counts.size, 1), np.int64)
-    rest = _measured(_note_overlaps, list(sources.values()), list(found), [changed], *places)
+    (sources, places), found = _distinct(pairs), np.zeros((counts.size, 1), np.int64)
+    rest = _measured(_note_overlaps, sources, list(found), [changed], *places)
     if rest:
         shared, large = found.reshape(2, -1)
         counts += shared, large - shared
@@ -164,6 +170,13 @@ def _note_overlaps(notes: Notes, *places: int) -> None:
     for row, mask in enumerate(masks):
         notes.symbol("count", row, (mask & several).place)
         notes.symbol("count", len(masks) + row, mask.place)
+
+
+def _distinct(pairs: Sequence[Pair]) -> tuple[list[Array], list[int]]:
+    """Return the arrays of all pairs, each once, for most have one base; and where those of each pair are."""
+    sources = {id(values): values for pair in pairs for values in pair}
+    order = list(sources)
+    return list(sources.values()), [order.index(id(values)) for pair in pairs for values in pair]
 
 
 def _ends(prefix: int, shift: int) -> list[float]:

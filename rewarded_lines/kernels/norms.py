@@ -17,7 +17,7 @@ import numpy as np
 from rewarded_lines.checkpoints.dtypes import F64
 from rewarded_lines.checkpoints.hashing import TensorDigests
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels.blocks import BLOCK, Source, Workspace, blocks_of, pieces
+from rewarded_lines.kernels.blocks import BLOCK, Source, Workspace, blocks_of, piece_sums, pieces
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
@@ -147,7 +147,7 @@ class Facts:
             parts: list[list[float]] = [[] for _ in rows]
             for workspace in self._passing(name):
                 for values, squares in zip(workspace.merged_residuals(steps), parts, strict=True):
-                    squares += [float(piece.sum()) for piece in pieces(values)]
+                    squares += piece_sums(values)
             sums = [exact_sum(squares) for squares in parts]
             total = exact_sum(sums) or 1.0
             return least, {row: one / total for row, one in zip(rows, sums, strict=True)}
@@ -221,7 +221,7 @@ class Facts:
         def work(name: str) -> None:
             step = merge(name)
             merged = (workspace.merged_residuals([step])[0] for workspace in self._passing(name)) if step.rows else ()
-            found[name] = exact_sum(float(np.square(piece).sum()) for values in merged for piece in pieces(values))
+            found[name] = exact_sum(total for values in merged for total in piece_sums(np.square(values)))
 
         share_out(self._names, lambda: work)
         return found
@@ -244,8 +244,7 @@ class Facts:
 
 
 def _norm(workspace: Workspace, step: TensorMerge) -> float:
-    merged = pieces(workspace.merged_residuals([step])[0]) if step.rows else ()
-    return exact_sum(float(np.abs(piece).sum()) for piece in merged)
+    return exact_sum(piece_sums(np.abs(workspace.merged_residuals([step])[0]))) if step.rows else 0.0
 
 
 def _summed(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
