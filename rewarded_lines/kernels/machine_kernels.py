@@ -74,7 +74,7 @@ def product(left: Array, right: Array, scale: float, start: int, out: Array) -> 
         targets = out[done : done + rows * length].reshape(rows, length)
         factors = np.append(left[row : row + rows], np.full((rows, 1), scale), axis=1)
         sources = list(right[:, first : first + length])
-        if not _stored(_note_sum, sources, list(targets), factors.ravel(), rank):
+        if not _stored(_note_sum, sources, list(targets), factors.ravel().tolist(), rank):
             numpy_kernels.product(left, right, scale, start, out)
             return
         done += rows * length

@@ -48,7 +48,7 @@ def linear(base: Array, policies: Sequence[Array], weights: Sequence[float], out
         out: n values of the output's storage type.
     """
     origin = as_float64(base)
-    total = np.zeros(())
+    total: Any = 0.0
     for place, (policy, weight) in enumerate(zip(policies, weights, strict=True)):
         term = (as_float64(policy) - origin) * weight
         total = total + term if place else term

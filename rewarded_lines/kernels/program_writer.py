@@ -52,8 +52,8 @@ class ProgramWriter:
     Operations that are the same for all outputs are in the outer loop.
     """
 
-    def __init__(self, function: ir.Function, stored: Sequence[str], wanted: str) -> None:
-        """Begin a function; `stored` are the types of its sources, `wanted` that of its targets."""
+    def __init__(self, function: ir.Function, stored: Sequence[str], wanted: str, checked: bool) -> None:
+        """Begin a function, see `machine_code.translated`."""
         self._function, self._stored, self._wanted = function, stored, wanted
         self._builder = builder = ir.IRBuilder(function.append_basic_block())
         sources, parameters, targets, self._outputs, self._count, self._shift, self._start = function.args
@@ -62,7 +62,7 @@ class ProgramWriter:
         self._parameters = builder.inttoptr(parameters, _REAL.as_pointer())
         self._values: dict[int, Any] = {}
         # What goes round in both loops: exponents of results, of stored values by their type, and counts.
-        self._kept: dict[str, Any] = dict.fromkeys(("result", *(kind for kind in stored if kind != RANKS)))
+        self._kept: dict[str, Any] = dict.fromkeys(("result", *(kind for kind in stored if checked and kind != RANKS)))
 
     def write(self, operations: tuple[Operation, ...]) -> None:
         """Write both loops; the function returns 1 if a value is not finite, else 0."""
@@ -210,7 +210,8 @@ class ProgramWriter:
             return builder.uitofp(builder.load(self._at(row, self._place, _HALF), align=4), _vector(_REAL))
         word = _WORDS[kind]
         stored = builder.load(self._at(row, self._place, word), align=word.width // 8)
-        self._note(kind, builder.and_(stored, _all(word, _INFINITE[kind])))
+        if kind in self._kept:
+            self._note(kind, builder.and_(stored, _all(word, _INFINITE[kind])))
         if kind == "float64":
             return builder.bitcast(stored, _vector(_REAL))
         if kind == "float32":

@@ -85,7 +85,9 @@ def programs(
         if noted is None:
             return None
         together.setdefault((noted, wanted[index].name), []).append(index)
-    found = []
+    # A finite weighted sum of all inputs shows that every one of them is finite. Otherwise one program looks at them.
+    checked = not any(step.linear and alike and len(step.rows) == len(stored) - 1 for step in steps)
+    found: list[Program] = []
     for (notes, target), outputs in together.items():
         words = [word for mask in notes.masks for word in mask.words]
         factors = [np.array(numbers[index], np.float64) for index in outputs]
@@ -93,7 +95,8 @@ def programs(
         parameters = np.concatenate([constants, np.array(words, np.uint64).view(np.float64), *factors])
         ranked = [mask for mask in notes.masks if mask.ranked]
         names = (*(each.name for each in kinds), *(code.RANKS for _ in ranked))
-        found.append(Program(code.translated(notes.operations, names, target), parameters, outputs, ranked))
+        loop = code.translated(notes.operations, names, target, checked and not found)
+        found.append(Program(loop, parameters, outputs, ranked))
     return found
 
 
@@ -148,16 +151,16 @@ class Notes:
         self.constants: dict[str, int] = {}
         self.masks: list[Mask] = []
 
-    def symbol(self, kind: str, *operands: int, truth: bool = False) -> Symbol:
-        """Note an operation, if it is a new one; return its value."""
+    def symbol(self, kind: str, *operands: int, truth: bool = False) -> Any:
+        """Note an operation, if it is a new one; return its value, a `Symbol`."""
         operation = Operation(kind, operands, truth)
         return Symbol(self, self.places.setdefault(operation, len(self.places)), truth)
 
-    def residual(self, policy: int, base: int) -> Symbol:
+    def residual(self, policy: int, base: int) -> Any:
         """Return policy − base of two sources."""
         return self.symbol("source", policy) - self.symbol("source", base)
 
-    def constant(self, value: float) -> Symbol:
+    def constant(self, value: float) -> Any:
         """Return a number."""
         # The text of a number tells −0 from 0.
         return self.symbol("constant", self.constants.setdefault(repr(float(value)), len(self.constants)))
@@ -191,27 +194,27 @@ class Symbol:
         """Refuse to branch: values differ from place to place."""
         raise TypeError("a rule cannot branch by values")
 
-    def __abs__(self) -> Symbol:
+    def __abs__(self) -> Any:
         """Return the magnitude."""
         return self.notes.symbol("fabs", self.place)
 
-    def astype(self, kind: type) -> Symbol:
+    def astype(self, kind: type) -> Any:
         """Return the number rounded to float32."""
         if kind is not np.float32:
             raise TypeError("no type but float32")
         return self.notes.symbol("single", self.place)
 
-    def __pow__(self, exponent: int) -> Symbol:
+    def __pow__(self, exponent: int) -> Any:
         """Return 1, the power 0 of every number."""
         if exponent != 0:
             raise TypeError("no power but 0")
         return self.notes.constant(1.0)
 
 
-def _operator(kind: str, turned: bool = False) -> Callable[[Symbol, Any], Symbol]:
+def _operator(kind: str, turned: bool = False) -> Callable[[Symbol, Any], Any]:
     """Return the method of an operator; if `turned`, its right operand comes first."""
 
-    def method(self: Symbol, other: Any) -> Symbol:
+    def method(self: Symbol, other: Any) -> Any:
         noted = other if isinstance(other, Symbol) else self.notes.constant(other)
         logic = kind in _LOGIC.values()
         # numpy adds truth values as truth values.
