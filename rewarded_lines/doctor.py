@@ -246,12 +246,12 @@ def _hub() -> Iterator[Finding]:
 
 
 def _caches() -> Iterator[Finding]:
-    # numba keeps compiled kernels here, or else in the user's cache.
+    # numba keeps the kernels that rank values here, or else in the user's cache.
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "numba"
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     places = [Path(chosen)] if chosen else [Path(__file__).parent / "kernels/__pycache__", user]
     usable = next((str(place) for place in places if not refusal(place)), "")
-    wrong = f"{places[0]}: {refusal(places[0])}; every merge compiles its kernels anew, some seconds each"
+    wrong = f"{places[0]}: {refusal(places[0])}; each merge by DELLA compiles its kernels anew, some seconds each"
     yield _judge("kernel cache", usable, "" if usable else wrong, "export NUMBA_CACHE_DIR=/a/folder/of/yours")
     # Last, because it raises if no folder for temporary files can be used.
     asked, used = os.environ.get("TMPDIR"), tempfile.gettempdir()

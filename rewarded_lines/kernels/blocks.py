@@ -67,6 +67,13 @@ def pieces(values: Array) -> Iterator[Array]:
         yield values[..., start : start + PIECE]
 
 
+def piece_sums(values: Array) -> list[float]:
+    """Return the sum of each piece of a block's values, [n]."""
+    whole = values.size // PIECE * PIECE
+    sums: list[float] = values[:whole].reshape(-1, PIECE).sum(axis=1).tolist()
+    return [*sums, float(values[whole:].sum())] if whole < values.size else sums
+
+
 def read_pair(base: TensorFiles, policy: Source, name: str, first: int, last: int) -> tuple[Array, Array]:
     """Return two arrays whose difference is τ of a policy, as `Workspace.pair` does, for a run of a tensor."""
     if name in policy.tensors:

@@ -24,7 +24,7 @@ _LEVELS = ((45, 18), (27, 18), (9, 18), (0, 9))
 # So many values are ranked in memory, at most.
 _HELD = 1 << 23
 # More are not ranked all: a sample of one in so many shows which to rank.
-_FEW, _THINNED = 1 << 18, 64
+_FEW, _THINNED = 1 << 18, 256
 
 
 class Bounds(NamedTuple):
@@ -39,11 +39,11 @@ def kth_largest(
     base: TensorFiles,
     policies: Sequence[Source],
     names: Sequence[str],
-    rank: int,
+    ranks: Sequence[int],
     threads: int = 0,
     ranked: TensorMerge | None = None,
-) -> tuple[float, ...]:
-    """Return for each policy the `rank`-th largest |τ| of some tensors, which need not fit in memory.
+) -> list[tuple[float, ...]]:
+    """Return for each rank, and for each policy, the |τ| of that rank in some tensors, which need not fit in memory.
 
     A sample tells between which two values the result very probably is. One pass over the files counts what is above
     them and ranks what is between. Otherwise by a radix selection: each pass counts magnitudes by their next bits, from
@@ -53,7 +53,7 @@ def kth_largest(
         base: the SFT model.
         policies: each is ranked by itself.
         names: the tensors, ranked together.
-        rank: from 1 to the number of values.
+        ranks: from 1, the largest, to the number of values.
         threads: 0 for all cores.
         ranked: a rule that makes the one row of values that are ranked in place of the residuals.
     """
@@ -62,9 +62,15 @@ def kth_largest(
     total = sum(count for _, _, count in blocks)
     if total * rows > min(_HELD, _FEW):
         samples = _sample(base, policies, blocks, threads, ranked)
-        found = _ranked_between(visit, [_bounds(each, rank / total) for each in samples], lambda _: rank, total)
+        bounds = [_bounds(each, rank / total) for rank in ranks for each in samples]
+        found = _ranked_between(visit, bounds, lambda _: [rank for rank in ranks for _ in samples], total)
         if isinstance(found, tuple):
-            return found
+            return [found[first : first + rows] for first in range(0, len(found), rows)]
+    return [_by_radix(visit, rank, rows, total) for rank in ranks]
+
+
+def _by_radix(visit: Visit, rank: int, rows: int, total: int) -> tuple[float, ...]:
+    """Return for each row of `total` values the one of a rank, by a radix selection."""
     ranks, prefixes = [rank] * rows, [0] * rows
     left, shift = [total] * rows, 63
     for lower, bits in _LEVELS:
@@ -101,10 +107,12 @@ def share_of_nonzero(
         return _largest(values, rank) if rank else math.inf
     (samples,) = _sample(base, policies, blocks, 1, ranked)
     some = np.count_nonzero(np.concatenate(samples)) / sum(part.size for part in samples)
-    found = _ranked_between(visit, [_bounds(samples, share * some)], lambda zeros: int(share * (total - zeros)), total)
+    found = _ranked_between(
+        visit, [_bounds(samples, share * some)], lambda zeros: [int(share * (total - zeros))], total
+    )
     if isinstance(found, tuple):
         return found[0]
-    return kth_largest(base, policies, names, found, 1, ranked)[0] if found else math.inf
+    return _by_radix(visit, found[0], 1, total)[0] if found[0] else math.inf
 
 
 def _sample(
@@ -134,47 +142,49 @@ def _bounds(parts: Sequence[Array], share: float) -> Bounds:
 
     The distance is four standard errors; those of parts, since values of one block are alike.
     """
-    ordered = np.sort(np.concatenate(parts))[::-1]
-    place = int(share * (ordered.size - 1))
-    sizes = np.array([part.size for part in parts])
-    hits = np.array([np.count_nonzero(part >= ordered[place]) for part in parts])
-    margin = 1 + int(4 * math.sqrt(((hits - hits.sum() / ordered.size * sizes) ** 2).sum()))
-    low = float(ordered[place + margin]) if place + margin < ordered.size else 0.0
-    high = float(ordered[place - margin]) if place >= margin else math.inf
-    return Bounds(low, high, np.count_nonzero((ordered > low) & (ordered < high)) / ordered.size)
+    values = np.concatenate(parts)
+    last = values.size - 1
+    place = int(share * last)
+    values.partition(last - place)
+    middle, sizes = values[last - place], np.array([part.size for part in parts])
+    hits = np.array([np.count_nonzero(part >= middle) for part in parts])
+    margin = 1 + int(4 * math.sqrt(((hits - hits.sum() / values.size * sizes) ** 2).sum()))
+    below, above = last - place - margin, last - place + margin
+    values.partition([max(0, below), min(last, above)])
+    low = float(values[below]) if below >= 0 else 0.0
+    high = float(values[above]) if above <= last else math.inf
+    return Bounds(low, high, np.count_nonzero((values > low) & (values < high)) / values.size)
 
 
 def _ranked_between(
-    visit: Visit, bounds: Sequence[Bounds], wanted: Callable[[int], int], total: int
-) -> tuple[float, ...] | int:
-    """Return the values of a rank; or that rank, if one is not within its bounds, or too many values are.
+    visit: Visit, bounds: Sequence[Bounds], wanted: Callable[[int], list[int]], total: int
+) -> tuple[float, ...] | list[int]:
+    """Return the value of each bound's rank; or the ranks, if a value is not within its bounds, or too many values are.
 
-    `wanted` is the rank by the number of zeros, where there is one row.
+    Bounds are of the rows in turn, which may come several times. `wanted` gives their ranks by the zeros of the first.
     """
     counts, parts, lock = np.zeros((len(bounds), 4), np.int64), [[np.empty(0)] for _ in bounds], Lock()
     if sum(bound.share for bound in bounds) * total > _HELD:
         bounds = [Bounds(math.inf, math.inf, 0.0)] * len(bounds)
 
     def begin() -> Visitor:
-        between = np.empty(BLOCK)
+        between = np.empty((len(bounds), BLOCK))
 
         def look(pairs: Sequence[tuple[Array, Array]]) -> None:
-            for row, ((low, high, _), pair) in enumerate(zip(bounds, pairs, strict=True)):
-                number, ends = kernels.count_between(*pair, low, high, between)
-                with lock:
+            found = kernels.count_between(pairs, [(low, high) for low, high, _ in bounds], between)
+            with lock:
+                for row, (number, *ends) in enumerate(found):
                     counts[row] += ends
-                    parts[row].append(between[:number].copy())
+                    parts[row].append(between[row, :number].copy())
 
         return look
 
     visit(begin, stored=True)
-    rank, found = wanted(int(counts[0, 3])), []
-    if rank == 0:
-        return 0
-    for (low, high, _), (above, top, bottom, _), part in zip(bounds, counts, parts, strict=True):
+    ranks, found = wanted(int(counts[0, 3])), []
+    for rank, (low, high, _), (above, top, bottom, _), part in zip(ranks, bounds, counts, parts, strict=True):
         values, place = np.concatenate(part), rank - above
-        if place <= 0 or place > top + values.size + bottom:
-            return rank
+        if rank == 0 or place <= 0 or place > top + values.size + bottom:
+            return ranks
         inside = top < place <= top + values.size
         found.append(_largest(values, place - top) if inside else high if place <= top else low)
     return tuple(found)

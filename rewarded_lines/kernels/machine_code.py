@@ -89,10 +89,13 @@ def cpu_features() -> str:
 
 
 @cache
-def translated(operations: tuple[Operation, ...], stored: tuple[str, ...], wanted: str) -> Loop:
-    """Return the loop of a program, for storage types of its sources and of its targets."""
+def translated(operations: tuple[Operation, ...], stored: tuple[str, ...], wanted: str, checked: bool = True) -> Loop:
+    """Return the loop of a program, for storage types of its sources and of its targets.
+
+    It tells if a result is not finite and, if `checked`, if a value of a source is not.
+    """
     module = ir.Module()
-    ProgramWriter(ir.Function(module, SIGNATURE, "loop"), stored, wanted).write(operations)
+    ProgramWriter(ir.Function(module, SIGNATURE, "loop"), stored, wanted, checked).write(operations)
     address = compiled(module, "loop")
     return Loop(address, ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * len(SIGNATURE.args))(address))
 

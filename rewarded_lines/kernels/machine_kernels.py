@@ -1,63 +1,71 @@
 """The loops of `numpy_kernels` as machine code: the same arguments and the same bits.
 
-Each is a program of few operations. Values that are not finite, and types that are no floating-point numbers, are left
-to numpy.
+Each is a program of few operations, noted by a function beside it. Values that are not finite, and types that are no
+floating-point numbers, are left to numpy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from rewarded_lines.kernels import numpy_kernels
 from rewarded_lines.kernels.machine_code import LANES, Loop, supports, translated
-from rewarded_lines.kernels.rule_programs import Notes, Symbol
+from rewarded_lines.kernels.rule_programs import Notes
 
 Array = np.ndarray[Any, Any]
+Pair = tuple[Array, Array]
 _INFINITE = 0x7FF << 52
 
 
 def cast(values: Array, out: Array) -> int:
     """See `numpy_kernels.cast`."""
-    notes = Notes()
+    return 0 if _stored(_note_cast, [values], [out]) else numpy_kernels.cast(values, out)
+
+
+def _note_cast(notes: Notes) -> None:
     notes.symbol("result", notes.symbol("source", 0).place)
-    return 0 if _stored(notes, [values], [out]) else numpy_kernels.cast(values, out)
 
 
 def residual(base: Array, policy: Array, out: Array) -> None:
     """See `numpy_kernels.residual`."""
-    notes = Notes()
-    notes.symbol("result", notes.residual(1, 0).place)
-    if not _stored(notes, [base, policy], [out]):
+    if not _stored(_note_residual, [base, policy], [out]):
         numpy_kernels.residual(base, policy, out)
+
+
+def _note_residual(notes: Notes) -> None:
+    notes.symbol("result", notes.residual(1, 0).place)
 
 
 def count_nonfinite(values: Array) -> int:
     """See `numpy_kernels.count_nonfinite`."""
-    return 0 if _stored(Notes(), [values], []) else numpy_kernels.count_nonfinite(values)
+    return 0 if _stored(_note_nothing, [values], []) else numpy_kernels.count_nonfinite(values)
+
+
+def _note_nothing(notes: Notes) -> None:
+    pass
 
 
 def place_columns(values: Array, width: int, factor: float, first: int, columns: int, out: Array) -> int:
     """See `numpy_kernels.place_columns`."""
-    notes, made = Notes(), np.empty(values.size, out.dtype)
-    notes.symbol("result", (notes.symbol("source", 0) * notes.symbol("factor", 0)).place)
-    if not _stored(notes, [values], [made], factor):
+    made = np.empty(values.size, out.dtype)
+    if not _stored(_note_scaled, [values], [made], [factor]):
         return numpy_kernels.place_columns(values, width, factor, first, columns, out)
     out.reshape(-1, columns)[:, first : first + width] = made.reshape(-1, width)
     return 0
 
 
+def _note_scaled(notes: Notes) -> None:
+    notes.symbol("result", (notes.symbol("source", 0) * notes.symbol("factor", 0)).place)
+
+
 def product(left: Array, right: Array, scale: float, start: int, out: Array) -> None:
     """See `numpy_kernels.product`: the rows of the result are sums of the rows of `right`, many in one pass."""
-    rank, columns = right.shape
-    notes = Notes()
-    total = notes.constant(0.0)
-    for row in range(rank):
-        total = total + notes.symbol("source", row) * notes.symbol("factor", row)
-    notes.symbol("result", (total * notes.symbol("factor", rank)).place)
-    done = 0
+    (rank, columns), done = right.shape, 0
     while done < out.size:
         row, first = divmod(start + done, columns)
         # A part of a row; or as many rows as are whole.
@@ -65,61 +73,96 @@ def product(left: Array, right: Array, scale: float, start: int, out: Array) -> 
         length = min(columns - first, out.size - done)
         targets = out[done : done + rows * length].reshape(rows, length)
         factors = np.append(left[row : row + rows], np.full((rows, 1), scale), axis=1)
-        if not _stored(notes, list(right[:, first : first + length]), list(targets), *factors.ravel()):
+        sources = list(right[:, first : first + length])
+        if not _stored(_note_sum, sources, list(targets), factors.ravel().tolist(), rank):
             numpy_kernels.product(left, right, scale, start, out)
             return
         done += rows * length
 
 
+def _note_sum(notes: Notes, rank: int) -> None:
+    total = notes.constant(0.0)
+    for row in range(rank):
+        total = total + notes.symbol("source", row) * notes.symbol("factor", row)
+    notes.symbol("result", (total * notes.symbol("factor", rank)).place)
+
+
 def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: Array) -> None:
     """See `numpy_kernels.count_magnitudes`."""
-    notes, found = Notes(), np.zeros_like(counts)
-    size, inside = _among(notes)
-    notes.symbol("tally", 0, inside.place, size.place, shift, bits)
-    rest = _measured(notes, [values], [found], *_ends(prefix, shift + bits))
+    found = np.zeros_like(counts)
+    rest = _measured(_note_digits, [values], [found], _ends(prefix, shift + bits), shift, bits)
     if rest:
         counts += found
     numpy_kernels.count_magnitudes(values[rest:], prefix, shift, bits, counts)
 
 
+def _note_digits(notes: Notes, shift: int, bits: int) -> None:
+    size = abs(notes.symbol("source", 0))
+    inside = (size >= notes.symbol("factor", 0)) & (size < notes.symbol("factor", 1))
+    notes.symbol("tally", 0, inside.place, size.place, shift, bits)
+
+
 def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> int:
     """See `numpy_kernels.collect_magnitudes`."""
-    notes, counts = Notes(), np.zeros(1, np.int64)
-    size, inside = _among(notes)
-    notes.symbol("count", 0, inside.place)
-    notes.symbol("collect", 1, inside.place, size.place)
-    rest = _measured(notes, [values], [counts, out], *_ends(prefix, shift))
+    counts = np.zeros(1, np.int64)
+    rest = _measured(_note_among, [values], [counts, out], _ends(prefix, shift))
     place = int(counts[0]) if rest else 0
+    if rest == values.size:
+        return place
     return place + numpy_kernels.collect_magnitudes(values[rest:], prefix, shift, out[place:])
 
 
+def _note_among(notes: Notes) -> None:
+    size = abs(notes.symbol("source", 0))
+    inside = (size >= notes.symbol("factor", 0)) & (size < notes.symbol("factor", 1))
+    notes.symbol("count", 0, inside.place)
+    notes.symbol("collect", 1, inside.place, size.place)
+
+
 def count_between(
-    base: Array, policy: Array, low: float, high: float, found: Array
-) -> tuple[int, tuple[int, int, int, int]]:
+    pairs: Sequence[Pair], bounds: Sequence[tuple[float, float]], found: Sequence[Array]
+) -> list[tuple[int, ...]]:
     """See `numpy_kernels.count_between`."""
-    notes, counts = Notes(), np.zeros((5, 1), np.int64)
-    size, least, most = abs(notes.residual(1, 0)), *(notes.symbol("factor", place) for place in range(2))
-    inside = (size > least) & (size < most)
-    sets = inside, size > most, size == most, (size == least) & (least < most), size == 0.0
-    for place, each in enumerate(sets):
-        notes.symbol("count", place, each.place)
-    notes.symbol("collect", len(sets), inside.place, size.place)
-    rest = _measured(notes, [base, policy], [*counts, found], low, high)
-    number, *ends = counts[:, 0].tolist() if rest else [0] * len(sets)
-    more, further = numpy_kernels.count_between(base[rest:], policy[rest:], low, high, found[number:])
-    above, top, bottom, zeros = (one + other for one, other in zip(ends, further, strict=True))
-    return number + more, (above, top, bottom, zeros)
+    sources, places = _distinct(pairs)
+    counts = np.zeros((len(bounds), 5), np.int64)
+    # The lower bound again, if it is another: nothing equals NaN.
+    factors = [each for low, high in bounds for each in (low, high, low if low < high else math.nan)]
+    targets = [*counts.reshape(-1, 1), *found]
+    rest = _measured(_note_between, sources, targets, factors, len(bounds), *places)
+    first = [tuple(row) for row in (counts if rest else np.zeros_like(counts)).tolist()]
+    if rest == sources[0].size:
+        return first
+    more = numpy_kernels.count_between(
+        [(base[rest:], policy[rest:]) for base, policy in pairs],
+        bounds,
+        [out[row[0] :] for out, row in zip(found, first, strict=True)],
+    )
+    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, more, strict=True)]
 
 
-def count_overlaps(pairs: Sequence[tuple[Array, Array]], changed: float, counts: Array) -> None:
+def _note_between(notes: Notes, bounds: int, *places: int) -> None:
+    sizes = [abs(notes.residual(policy, base)) for base, policy in zip(places[::2], places[1::2], strict=True)]
+    for row in range(bounds):
+        size, (low, high, other) = sizes[row % len(sizes)], (notes.symbol("factor", 3 * row + k) for k in range(3))
+        inside = (size > low) & (size < high)
+        for place, each in enumerate((inside, size > high, size == high, size == other, size == 0.0)):
+            notes.symbol("count", 5 * row + place, each.place)
+        notes.symbol("collect", 5 * bounds + row, inside.place, size.place)
+
+
+def count_overlaps(pairs: Sequence[Pair], changed: float, counts: Array) -> None:
     """See `numpy_kernels.count_overlaps`."""
-    notes, found = Notes(), np.zeros((counts.size, 1), np.int64)
-    # Most pairs have one base.
-    sources = {id(values): values for pair in pairs for values in pair}
-    places = {key: place for place, key in enumerate(sources)}
-    masks = [
-        abs(notes.residual(places[id(policy)], places[id(base)])) > notes.symbol("factor", 0) for base, policy in pairs
-    ]
+    (sources, places), found = _distinct(pairs), np.zeros((counts.size, 1), np.int64)
+    rest = _measured(_note_overlaps, sources, list(found), [changed], *places)
+    if rest:
+        shared, large = found.reshape(2, -1)
+        counts += shared, large - shared
+    numpy_kernels.count_overlaps([(base[rest:], policy[rest:]) for base, policy in pairs], changed, counts)
+
+
+def _note_overlaps(notes: Notes, *places: int) -> None:
+    sizes = [abs(notes.residual(policy, base)) for base, policy in zip(places[::2], places[1::2], strict=True)]
+    masks = [size > notes.symbol("factor", 0) for size in sizes]
     # Nothing is below itself.
     some, several = masks[0], masks[0] < masks[0]
     for mask in masks[1:]:
@@ -127,44 +170,52 @@ def count_overlaps(pairs: Sequence[tuple[Array, Array]], changed: float, counts:
     for row, mask in enumerate(masks):
         notes.symbol("count", row, (mask & several).place)
         notes.symbol("count", len(masks) + row, mask.place)
-    rest = _measured(notes, list(sources.values()), list(found), changed)
-    if rest:
-        shared, large = found.reshape(2, -1)
-        counts += shared, large - shared
-    numpy_kernels.count_overlaps([(base[rest:], policy[rest:]) for base, policy in pairs], changed, counts)
 
 
-def _among(notes: Notes) -> tuple[Symbol, Symbol]:
-    """Return the magnitudes of the source, and whether they are at least one factor and below another."""
-    size = abs(notes.symbol("source", 0))
-    return size, (size >= notes.symbol("factor", 0)) & (size < notes.symbol("factor", 1))
+def _distinct(pairs: Sequence[Pair]) -> tuple[list[Array], list[int]]:
+    """Return the arrays of all pairs, each once, for most have one base; and where those of each pair are."""
+    sources = {id(values): values for pair in pairs for values in pair}
+    order = list(sources)
+    return list(sources.values()), [order.index(id(values)) for pair in pairs for values in pair]
 
 
-def _ends(prefix: int, shift: int) -> tuple[float, float]:
+def _ends(prefix: int, shift: int) -> list[float]:
     """Return the first magnitude whose bits above `shift` are `prefix`, and the first after them."""
     patterns = [min(each << shift, _INFINITE) for each in (prefix, prefix + 1)]
-    first, after = np.array(patterns, np.uint64).view(np.float64).tolist()
-    return first, after
+    ends: list[float] = np.array(patterns, np.uint64).view(np.float64).tolist()
+    return ends
 
 
-def _loop(notes: Notes, sources: Sequence[Array], wanted: np.dtype[Any], *factors: float) -> tuple[Loop, Array] | None:
-    """Return the loop of a program and its parameters; None if a type is not supported."""
+@cache
+def _code(note: Callable[..., None], stored: tuple[str, ...], wanted: str, *given: int) -> tuple[Loop, list[float]]:
+    """Return the loop of a program and its constants."""
+    notes = Notes()
+    note(notes, *given)
+    return translated(tuple(notes.places), stored, wanted), [float(text) for text in notes.constants]
+
+
+def _stored(
+    note: Callable[..., None],
+    sources: Sequence[Array],
+    targets: Sequence[Array],
+    factors: Sequence[float] = (),
+    *given: int,
+) -> bool:
+    """Run a program that stores; return whether all was finite."""
+    wanted = targets[0].dtype if targets else np.dtype(np.float64)
     kinds = [source.dtype for source in sources]
     if not supports(*kinds, wanted):
-        return None
-    names = tuple(kind.name for kind in kinds)
-    parameters = np.array([*(float(text) for text in notes.constants), *factors])
-    return translated(tuple(notes.places), names, wanted.name), parameters
+        return False
+    loop, constants = _code(note, tuple(kind.name for kind in kinds), wanted.name, *given)
+    return loop.run(sources, np.array([*constants, *factors]), targets)
 
 
-def _stored(notes: Notes, sources: Sequence[Array], targets: Sequence[Array], *factors: float) -> bool:
-    """Run a program that stores; return whether all was finite."""
-    known = _loop(notes, sources, targets[0].dtype if targets else np.dtype(np.float64), *factors)
-    return known is not None and known[0].run(sources, known[1], targets)
-
-
-def _measured(notes: Notes, sources: Sequence[Array], targets: Sequence[Array], *factors: float) -> int:
+def _measured(
+    note: Callable[..., None], sources: Sequence[Array], targets: Sequence[Array], factors: Sequence[float], *given: int
+) -> int:
     """Run a program that counts; return for how many values it did so, 0 if a value is not finite."""
-    known = _loop(notes, sources, np.dtype(np.float64), *factors)
-    whole = sources[0].size // LANES * LANES
-    return whole if known and known[0].measure(sources, known[1], targets, whole) else 0
+    kinds, whole = [source.dtype for source in sources], sources[0].size // LANES * LANES
+    if not supports(*kinds):
+        return 0
+    loop, constants = _code(note, tuple(kind.name for kind in kinds), "float64", *given)
+    return whole if loop.measure(sources, np.array([*constants, *factors]), targets, whole) else 0

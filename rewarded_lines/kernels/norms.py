@@ -17,7 +17,7 @@ import numpy as np
 from rewarded_lines.checkpoints.dtypes import F64
 from rewarded_lines.checkpoints.hashing import TensorDigests
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels.blocks import BLOCK, Source, Workspace, blocks_of, pieces
+from rewarded_lines.kernels.blocks import BLOCK, Source, Workspace, blocks_of, piece_sums, pieces
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
@@ -85,7 +85,7 @@ class Facts:
                 return (0.0,) * len(self._policies)
             # Several tensors are measured at the same time, so each in one thread.
             rank, threads = max(1, int(density * total)), int(scope == "tensor")
-            return kth_largest(self._base, self._policies, names, rank, threads)
+            return kth_largest(self._base, self._policies, names, [rank], threads)[0]
 
         found = self._once(("thresholds", "" if scope == "model" else name, density), measure)
         return {"thresholds": [found[row] for row in rows]}
@@ -104,8 +104,9 @@ class Facts:
             lower, upper = (0.0,) * len(self._policies), (math.inf,) * len(self._policies)
             if count == 0 or density == 1:
                 return lower, upper
-            largest = partial(kth_largest, self._base, self._policies, [name], threads=1)
-            return largest(rank=dropped + kept), largest(rank=dropped + 1) if dropped else upper
+            ranks = [dropped + kept, *([dropped + 1] if dropped else [])]
+            found = kth_largest(self._base, self._policies, [name], ranks, threads=1)
+            return found[0], found[1] if dropped else upper
 
         lower, upper = self._once(("bands", name, density, outliers), measure)
         return {"lower": [lower[row] for row in rows], "upper": [upper[row] for row in rows]}
@@ -146,7 +147,7 @@ class Facts:
             parts: list[list[float]] = [[] for _ in rows]
             for workspace in self._passing(name):
                 for values, squares in zip(workspace.merged_residuals(steps), parts, strict=True):
-                    squares += [float(piece.sum()) for piece in pieces(values)]
+                    squares += piece_sums(values)
             sums = [exact_sum(squares) for squares in parts]
             total = exact_sum(sums) or 1.0
             return least, {row: one / total for row, one in zip(rows, sums, strict=True)}
@@ -220,7 +221,7 @@ class Facts:
         def work(name: str) -> None:
             step = merge(name)
             merged = (workspace.merged_residuals([step])[0] for workspace in self._passing(name)) if step.rows else ()
-            found[name] = exact_sum(float(np.square(piece).sum()) for values in merged for piece in pieces(values))
+            found[name] = exact_sum(total for values in merged for total in piece_sums(np.square(values)))
 
         share_out(self._names, lambda: work)
         return found
@@ -243,8 +244,7 @@ class Facts:
 
 
 def _norm(workspace: Workspace, step: TensorMerge) -> float:
-    merged = pieces(workspace.merged_residuals([step])[0]) if step.rows else ()
-    return exact_sum(float(np.abs(piece).sum()) for piece in merged)
+    return exact_sum(piece_sums(np.abs(workspace.merged_residuals([step])[0]))) if step.rows else 0.0
 
 
 def _summed(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:

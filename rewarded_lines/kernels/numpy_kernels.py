@@ -48,7 +48,7 @@ def linear(base: Array, policies: Sequence[Array], weights: Sequence[float], out
         out: n values of the output's storage type.
     """
     origin = as_float64(base)
-    total = np.zeros(())
+    total: Any = 0.0
     for place, (policy, weight) in enumerate(zip(policies, weights, strict=True)):
         term = (as_float64(policy) - origin) * weight
         total = total + term if place else term
@@ -133,27 +133,29 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
 
 
 def count_between(
-    base: Array, policy: Array, low: float, high: float, found: Array
-) -> tuple[int, tuple[int, int, int, int]]:
-    """Copy the |τ| between two; return their number, and how many are above, equal to `high`, equal to `low`, zero.
+    pairs: Sequence[tuple[Array, Array]], bounds: Sequence[tuple[float, float]], found: Sequence[Array]
+) -> list[tuple[int, ...]]:
+    """Copy the |τ| between each two bounds; return their number, and how many are above, equal to either, and zero.
 
-    If both are equal, these are counted as `high`.
+    If both bounds are equal, these are counted once, as the upper.
 
     Args:
-        base: n stored values.
-        policy: n stored values; τ is their difference, and a NaN is above infinity.
-        low: ≥ 0.
-        high: ≥ low.
-        found: takes the magnitudes between, at its front.
+        pairs: of each policy n stored values of the base and its own; τ is their difference, a NaN is above infinity.
+        bounds: ≥ 0, the lower first; of the policies in turn, which may come several times.
+        found: for each of the bounds, takes the magnitudes between at its front.
     """
-    magnitudes = np.empty(base.size)
-    residual(base, policy, magnitudes)
-    patterns, (least, most) = np.abs(magnitudes).view(np.int64), np.array([low, high]).view(np.int64)
-    taken = patterns[(patterns > least) & (patterns < most)].view(np.float64)
-    found[: taken.size] = taken
-    sets = patterns > most, patterns == most, (patterns == least) & (least < most), patterns == 0
-    above, top, bottom, zeros = (int(np.count_nonzero(each)) for each in sets)
-    return int(taken.size), (above, top, bottom, zeros)
+    sizes, counts = [], []
+    for base, policy in pairs:
+        magnitudes = np.empty(base.size)
+        residual(base, policy, magnitudes)
+        sizes.append(np.abs(magnitudes).view(np.int64))
+    for row, (limits, out) in enumerate(zip(bounds, found, strict=True)):
+        patterns, (least, most) = sizes[row % len(sizes)], np.array(limits, np.float64).view(np.int64)
+        taken = patterns[(patterns > least) & (patterns < most)].view(np.float64)
+        out[: taken.size] = taken
+        sets = patterns > most, patterns == most, (patterns == least) & (least < most), patterns == 0
+        counts.append((int(taken.size), *(int(np.count_nonzero(each)) for each in sets)))
+    return counts
 
 
 def rank_rows(sizes: Array, width: int, skipped: int, ranks: Array) -> None:

@@ -41,14 +41,19 @@ def _all(kind: Any, value: float) -> Any:
     return ir.Constant(_vector(kind), [value] * LANES)
 
 
+def _around(kind: str) -> Any:
+    """Return the type of what goes round in the loops."""
+    return _BITS if kind.startswith("count") else _vector(_WORDS.get(kind, _BITS))
+
+
 class ProgramWriter:
     """Writes one function: a loop over the values, and in it a loop over the outputs.
 
     Operations that are the same for all outputs are in the outer loop.
     """
 
-    def __init__(self, function: ir.Function, stored: Sequence[str], wanted: str) -> None:
-        """Begin a function; `stored` are the types of its sources, `wanted` that of its targets."""
+    def __init__(self, function: ir.Function, stored: Sequence[str], wanted: str, checked: bool) -> None:
+        """Begin a function, see `machine_code.translated`."""
         self._function, self._stored, self._wanted = function, stored, wanted
         self._builder = builder = ir.IRBuilder(function.append_basic_block())
         sources, parameters, targets, self._outputs, self._count, self._shift, self._start = function.args
@@ -57,7 +62,7 @@ class ProgramWriter:
         self._parameters = builder.inttoptr(parameters, _REAL.as_pointer())
         self._values: dict[int, Any] = {}
         # What goes round in both loops: exponents of results, of stored values by their type, and counts.
-        self._kept: dict[str, Any] = dict.fromkeys(("result", *(kind for kind in stored if kind != RANKS)))
+        self._kept: dict[str, Any] = dict.fromkeys(("result", *(kind for kind in stored if checked and kind != RANKS)))
 
     def write(self, operations: tuple[Operation, ...]) -> None:
         """Write both loops; the function returns 1 if a value is not finite, else 0."""
@@ -80,7 +85,7 @@ class ProgramWriter:
         ir.IRBuilder(nothing).ret(_BITS(0))
         builder.position_at_end(values)
         self._place = builder.phi(_INDEX)
-        outer = {kind: builder.phi(_vector(_WORDS.get(kind, _BITS))) for kind in self._kept}
+        outer = {kind: builder.phi(_around(kind)) for kind in self._kept}
         self._kept = dict(outer)
         self._loaded = [self._widened(*each) for each in zip(self._stored, self._sources, strict=True)]
         late = _late(operations)
@@ -89,7 +94,7 @@ class ProgramWriter:
         builder.branch(outputs)
         builder.position_at_end(outputs)
         self._output = builder.phi(_INDEX)
-        inner = {kind: builder.phi(_vector(_WORDS.get(kind, _BITS))) for kind in self._kept}
+        inner = {kind: builder.phi(_around(kind)) for kind in self._kept}
         self._kept = dict(inner)
         self._write_all(operations, sorted(late))
         last = builder.block
@@ -116,19 +121,14 @@ class ProgramWriter:
         for kind, bits in self._kept.items():
             if kind.startswith("count"):
                 row = self._item(self._targets, _INDEX(int(kind.split()[1])))
-                builder.store(self._reduced("add", bits), builder.inttoptr(row, _BITS.as_pointer()))
+                builder.store(bits, builder.inttoptr(row, _BITS.as_pointer()))
                 continue
             limit = _LARGEST[self._wanted] << 52 if kind == "result" else _INFINITE[kind] - 1
-            largest = self._reduced("umax", bits)
+            word = bits.type.element
+            reduce = self._known(f"llvm.vector.reduce.umax.v{LANES}i{word.width}", word, bits.type)
+            largest = builder.call(reduce, [bits])
             found = builder.or_(found, builder.icmp_unsigned(">", largest, ir.Constant(largest.type, limit)))
         return found
-
-    def _reduced(self, how: str, bits: Any) -> Any:
-        """Return one integer of all lanes."""
-        return self._builder.call(
-            self._known(f"llvm.vector.reduce.{how}.v{LANES}i{bits.type.element.width}", bits.type.element, bits.type),
-            [bits],
-        )
 
     def _known(self, name: str, made: Any, *given: Any) -> Any:
         """Return one of LLVM's own functions."""
@@ -157,8 +157,9 @@ class ProgramWriter:
         if kind == "result":
             return self._store(self._real(operands[0]))
         if kind == "count":
-            counted = builder.zext(self._values[operands[1]], _vector(_BITS))
-            self._kept[f"count {operands[0]}"] = builder.add(self._kept[f"count {operands[0]}"], counted)
+            found = builder.ctpop(builder.bitcast(self._values[operands[1]], _BYTE))
+            key = f"count {operands[0]}"
+            self._kept[key] = builder.add(self._kept[key], builder.zext(found, _BITS))
             return None
         if kind == "fabs":
             size = self._known(f"llvm.fabs.v{LANES}f64", _vector(_REAL), _vector(_REAL))
@@ -209,7 +210,8 @@ class ProgramWriter:
             return builder.uitofp(builder.load(self._at(row, self._place, _HALF), align=4), _vector(_REAL))
         word = _WORDS[kind]
         stored = builder.load(self._at(row, self._place, word), align=word.width // 8)
-        self._note(kind, builder.and_(stored, _all(word, _INFINITE[kind])))
+        if kind in self._kept:
+            self._note(kind, builder.and_(stored, _all(word, _INFINITE[kind])))
         if kind == "float64":
             return builder.bitcast(stored, _vector(_REAL))
         if kind == "float32":

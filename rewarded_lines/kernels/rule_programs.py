@@ -68,23 +68,35 @@ def programs(
     code = kernels.machine_code()
     if not code.supports(*kinds, *wanted):
         return None
-    alike: dict[tuple[Any, ...], list[int]] = {}
+    alike = len(set(stored)) == 1 and not bare
+    known: dict[tuple[Any, ...], _Structure | None] = {}
+    together: dict[tuple[_Structure, str], list[int]] = {}
     numbers = []
     for index, step in enumerate(steps):
-        noted = _noted(step, stored, bare)
+        # As `numpy_kernels.linear` does it: the scale goes into the weights.
+        folded = step.linear and alike
+        weights = [weight * step.scale for weight in step.weights] if folded else list(step.weights)
+        numbers.append([] if step.copy is not None else weights if folded or bare else [*weights, step.scale])
+        kind = (step.copy, step.rows, step.rule, folded, repr(step.parameters), tuple(step.masks))
+        if kind not in known:
+            known[kind] = _noted(step, stored, folded or bare, bare)
+        # A rule may look at weights, which are numbers then.
+        noted = known[kind] or _noted(step, stored, folded or bare, bare, weights)
         if noted is None:
             return None
-        numbers.append(noted[1])
-        alike.setdefault((noted[0], wanted[index].name), []).append(index)
-    found = []
-    for (notes, kind), outputs in alike.items():
+        together.setdefault((noted, wanted[index].name), []).append(index)
+    # A finite weighted sum of all inputs shows that every one of them is finite. Otherwise one program looks at them.
+    checked = not any(step.linear and alike and len(step.rows) == len(stored) - 1 for step in steps)
+    found: list[Program] = []
+    for (notes, target), outputs in together.items():
         words = [word for mask in notes.masks for word in mask.words]
         factors = [np.array(numbers[index], np.float64) for index in outputs]
         constants = np.array([float(text) for text in notes.constants])
         parameters = np.concatenate([constants, np.array(words, np.uint64).view(np.float64), *factors])
         ranked = [mask for mask in notes.masks if mask.ranked]
         names = (*(each.name for each in kinds), *(code.RANKS for _ in ranked))
-        found.append(Program(code.translated(notes.operations, names, kind), parameters, outputs, ranked))
+        loop = code.translated(notes.operations, names, target, checked and not found)
+        found.append(Program(loop, parameters, outputs, ranked))
     return found
 
 
@@ -97,36 +109,37 @@ class _Structure(NamedTuple):
 
 
 def _noted(
-    step: TensorMerge, stored: Sequence[np.dtype[Any] | None], bare: bool
-) -> tuple[_Structure, Sequence[float]] | None:
-    """Return what makes an output, and its factors; None if its rule does more than arithmetic."""
+    step: TensorMerge,
+    stored: Sequence[np.dtype[Any] | None],
+    unscaled: bool,
+    bare: bool,
+    weights: Sequence[float] | None = None,
+) -> _Structure | None:
+    """Return what makes an output; None if its rule does more than arithmetic.
+
+    Args:
+        step: the output.
+        stored: see `programs`.
+        unscaled: whether the schedule's scale is no factor of its own.
+        bare: see `programs`.
+        weights: of the rule, in place of factors.
+    """
+    notes = Notes()
     if step.copy is not None:
-        notes = Notes()
         notes.symbol("result", notes.symbol("source", step.copy).place)
-        return notes.structure(), ()
-    alike = step.linear and len(set(stored)) == 1 and not bare
-    # As `numpy_kernels.linear` does it: the scale goes into the weights.
-    weights = [weight * step.scale if alike else weight for weight in step.weights]
-    factors = weights if alike or bare else [*weights, step.scale]
-    # A rule may look at weights that are numbers.
-    for symbols in (True, False):
-        notes = Notes()
-        masks = notes.masks_of(step, len(stored))
-        origin = notes.symbol("source", 0)
-        residuals = []
-        for row in step.rows:
-            values = notes.symbol("source", row + 1)
-            residuals.append(values if stored[row + 1] is None else values - origin)
-        named = [notes.symbol("factor", place) for place in range(len(factors))]
-        given = named[: len(weights)] if symbols else weights
-        try:
-            merged = step.residual(residuals, masks, given)
-            result = merged if bare else origin + (merged if alike else merged * named[-1])
-            notes.symbol("result", result.place)
-            return notes.structure(), factors
-        except (TypeError, ValueError, AttributeError):
-            continue
-    return None
+        return notes.structure()
+    masks, origin = notes.masks_of(step, len(stored)), notes.symbol("source", 0)
+    sources = [(notes.symbol("source", row + 1), stored[row + 1]) for row in step.rows]
+    residuals = [values if kind is None else values - origin for values, kind in sources]
+    factors = [notes.symbol("factor", place) for place in range(len(step.weights))]
+    scale = None if unscaled else notes.symbol("factor", len(factors))
+    try:
+        merged = step.residual(residuals, masks, weights or factors)
+        scaled = merged if scale is None else merged * scale
+        notes.symbol("result", (scaled if bare else origin + scaled).place)
+    except (TypeError, ValueError, AttributeError):
+        return None
+    return notes.structure()
 
 
 class Notes:
@@ -138,16 +151,16 @@ class Notes:
         self.constants: dict[str, int] = {}
         self.masks: list[Mask] = []
 
-    def symbol(self, kind: str, *operands: int, truth: bool = False) -> Symbol:
-        """Note an operation, if it is a new one; return its value."""
+    def symbol(self, kind: str, *operands: int, truth: bool = False) -> Any:
+        """Note an operation, if it is a new one; return its value, a `Symbol`."""
         operation = Operation(kind, operands, truth)
         return Symbol(self, self.places.setdefault(operation, len(self.places)), truth)
 
-    def residual(self, policy: int, base: int) -> Symbol:
+    def residual(self, policy: int, base: int) -> Any:
         """Return policy − base of two sources."""
         return self.symbol("source", policy) - self.symbol("source", base)
 
-    def constant(self, value: float) -> Symbol:
+    def constant(self, value: float) -> Any:
         """Return a number."""
         # The text of a number tells −0 from 0.
         return self.symbol("constant", self.constants.setdefault(repr(float(value)), len(self.constants)))
@@ -181,27 +194,27 @@ class Symbol:
         """Refuse to branch: values differ from place to place."""
         raise TypeError("a rule cannot branch by values")
 
-    def __abs__(self) -> Symbol:
+    def __abs__(self) -> Any:
         """Return the magnitude."""
         return self.notes.symbol("fabs", self.place)
 
-    def astype(self, kind: type) -> Symbol:
+    def astype(self, kind: type) -> Any:
         """Return the number rounded to float32."""
         if kind is not np.float32:
             raise TypeError("no type but float32")
         return self.notes.symbol("single", self.place)
 
-    def __pow__(self, exponent: int) -> Symbol:
+    def __pow__(self, exponent: int) -> Any:
         """Return 1, the power 0 of every number."""
         if exponent != 0:
             raise TypeError("no power but 0")
         return self.notes.constant(1.0)
 
 
-def _operator(kind: str, turned: bool = False) -> Callable[[Symbol, Any], Symbol]:
+def _operator(kind: str, turned: bool = False) -> Callable[[Symbol, Any], Any]:
     """Return the method of an operator; if `turned`, its right operand comes first."""
 
-    def method(self: Symbol, other: Any) -> Symbol:
+    def method(self: Symbol, other: Any) -> Any:
         noted = other if isinstance(other, Symbol) else self.notes.constant(other)
         logic = kind in _LOGIC.values()
         # numpy adds truth values as truth values.

@@ -1,4 +1,4 @@
-"""The arithmetic of `compiled_kernels` in torch, for any of its devices: the same bits.
+"""The arithmetic of `numpy_kernels` in torch, for any of its devices: the same bits.
 
 Every operation is one of IEEE 754 on float64, and they run in the same order. Each is a call of its own, so that no
 compiler joins a product and a sum into one rounding. Every NaN is stored as one pattern.

@@ -47,7 +47,7 @@ def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatc
         # The second bounds hold few of the values.
         monkeypatch.setattr(ranking, "_bounds", bounds)
         for rank in (1, 2, 299, 1500, 2999, 3000):
-            found = kth_largest(base, policies, ["w0", "w1", "w2"], rank, threads)
+            (found,) = kth_largest(base, policies, ["w0", "w1", "w2"], [rank], threads)
             expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
             assert found == expected, rank
 
@@ -59,9 +59,9 @@ def test_one_pass_after_a_sample(sources, monkeypatch):
     counted = []
     monkeypatch.setattr(ranking, "_count", lambda *given: counted.append(given))
     base, policies, drawn = sources
-    for rank in (300, 1500, 2700):
-        expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
-        assert kth_largest(base, policies, ["w0", "w1", "w2"], rank, 1) == expected and not counted
+    ranks = (300, 1500, 2700)
+    expected = [tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values()) for rank in ranks]
+    assert kth_largest(base, policies, ["w0", "w1", "w2"], ranks, 1) == expected and not counted
 
 
 def test_a_share_of_what_is_not_zero(sources, monkeypatch):
@@ -80,27 +80,34 @@ def test_a_share_of_what_is_not_zero(sources, monkeypatch):
             assert found == (values[rank - 1] if rank else math.inf), (few, share)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("kind", FLOATS)
-def test_values_between_two_are_the_same_by_either(kind):
+def test_values_between_two_are_the_same_by_either(kind, special):
     generator = np.random.default_rng(3)
     values = np.round(generator.normal(0, 40, (2, 1001))) / 16
-    values[:, :6] = [[np.inf, np.inf, -np.inf, np.nan, 0.0, -0.0], [np.inf, 1, np.inf, 1, -0.0, 0.0]]
+    if special:
+        values[:, :6] = [[np.inf, np.inf, -np.inf, np.nan, 0.0, -0.0], [np.inf, 1, np.inf, 1, -0.0, 0.0]]
     stored = np.empty((2, 1001), FLOATS[kind].storage)
     for out, wide in zip(stored, values, strict=True):
         numpy_kernels.cast(wide, out)
-    for low, high in ((0.0, 0.0), (0.0, 1.0), (1.0, 2.5), (2.5, 2.5), (1.0, np.inf), (np.inf, np.inf)):
-        found = [np.zeros(1001), np.zeros(1001)]
-        counts = [
-            loops.count_between(*stored, low, high, out)
-            for loops, out in zip((numpy_kernels, machine_kernels), found, strict=True)
-        ]
-        sizes = np.abs(np.where(values[0] == values[1], 0.0, values[1] - values[0]))
+    # Each of two policies, the second of which is the first with another sign, has three of the bounds.
+    bounds = [(0.0, 0.0), (0.0, 1.0), (1.0, 2.5), (2.5, 2.5), (1.0, np.inf), (np.inf, np.inf)]
+    pairs = [(stored[0], stored[1]), (stored[1], stored[0])]
+    found = np.zeros((2, 6, 1001))
+    by_numpy, by_machine = (
+        loops.count_between(pairs, bounds, out)
+        for loops, out in zip((numpy_kernels, machine_kernels), found, strict=True)
+    )
+    assert by_numpy == by_machine
+    sizes = np.abs(np.where(values[0] == values[1], 0.0, values[1] - values[0]))
+    for row, (low, high) in enumerate(bounds):
         inside = np.sort(sizes[(sizes > low) & (sizes < high)])
         above, zeros = np.isnan(sizes).sum() + (sizes > high).sum(), (sizes == 0).sum()
         ends = above, (sizes == high).sum(), (sizes == low).sum() * (low < high), zeros
-        assert counts[0] == counts[1] == (inside.size, ends)
+        assert by_numpy[row] == (inside.size, *ends)
         for out in found:
-            assert np.array_equal(np.sort(out[: inside.size]), inside)
+            assert np.array_equal(np.sort(out[row, : inside.size]), inside)
 
 
 UNKIND = {
