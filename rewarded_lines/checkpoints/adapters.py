@@ -29,7 +29,6 @@ from rewarded_lines.checkpoints.reader import (
     INDEX_FILE,
     SINGLE_FILE,
     TensorFiles,
-    read_config,
     read_json_object,
     resolve_folder,
 )
@@ -271,7 +270,9 @@ def bare_base(folder: Path, fetched: bool = True) -> BareBase | None:
         config = read_json_object(path)
         # QLoRA: the adapters' residuals are exact in whatever type the base is stored.
         return BareBase(folder, config) if config.get("quantization_config") or not weights else None
-    return None if weights else BareBase(folder, read_config(folder))
+    if not weights:
+        raise no_weights(folder, f"{SINGLE_FILE}, or config.json alone for adapters")
+    return None
 
 
 def _refuse_strange(names: list[str], path: Path) -> UserError:

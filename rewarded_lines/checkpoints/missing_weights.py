@@ -58,10 +58,14 @@ def _remedies(folder: Path) -> Iterator[str]:
     """Yield what makes readable weights of what lies in a folder, the surest first."""
     if (folder / "adapter_model.safetensors").is_file() and (folder / "adapter_config.json").is_file():
         yield f"an adapter is no base: {fold(folder)}"
-    if inside := {path.parent.name for name in _WEIGHTS for path in folder.glob(f"*/{name}")}:
+    # Checkpoints of a trainer, adapters with a name, and snapshots in the Hub's cache lie within.
+    found = [
+        path.parent for name in _WEIGHTS for place in ("*", "snapshots/*") for path in folder.glob(f"{place}/{name}")
+    ]
+    if found:
         # checkpoint-1000 comes after checkpoint-500.
-        last = sorted(inside, key=lambda name: [int(part) for part in re.findall(r"\d{1,9}", name)])[-_SHOWN:]
-        yield f"give the folder with the weights: {' or '.join(str(folder / name) for name in last)}"
+        last = sorted(set(found), key=lambda path: [int(part) for part in re.findall(r"\d{1,9}", path.name)])[-_SHOWN:]
+        yield f"give the folder with the weights: {' or '.join(map(str, last))}"
     if any(folder.glob("model-*-of-*.safetensors")):
         yield "copy model.safetensors.index.json there, too: it says which shards belong together"
     joined, also = f"{folder}-joined", "and copy config.json and the tokenizer's files there"

@@ -265,10 +265,9 @@ def _check_entry(index: Path, name: str) -> None:
     plain = Path(name).name == name and name not in ("", ".", "..") and len(name) < 256
     if plain and name.isprintable() and name.endswith(".safetensors"):
         # Not Path.resolve: it raises another error on circular links.
-        here = Path(os.path.realpath(folder))
-        # In the Hub's cache the files of a snapshot are links to `blobs`.
-        allowed = [here, here.parent.parent / "blobs"] if here.parent.name == "snapshots" else [here]
-        if Path(os.path.realpath(folder / name)).parent in allowed:
+        here, place = (Path(os.path.realpath(path)).parent for path in (folder / "index", folder / name))
+        # Snapshots of the Hub's cache, and downloads of its earlier versions, are links to `blobs` of the cache.
+        if place == here or (place.name == "blobs" and place.parent.name.startswith("models--")):
             return
     raise fail(
         "the index names a file that is not in the checkpoint's folder",

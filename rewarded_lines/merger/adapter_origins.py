@@ -112,8 +112,8 @@ def _has_same_values(base: Checkpoint, other: Checkpoint) -> bool:
         if one.shape[1:] != two.shape[1:] or (one.shape != two.shape and not (is_head(name) or is_embedding(name))):
             return False
         for block in blocks_of(min(one.elements, two.elements)):
-            pair = (as_float64(source.read(name, *block)) for source in (base, other))
-            if not np.array_equal(*pair, equal_nan=True):
+            first, second = (as_float64(source.read(name, *block)) for source in (base, other))
+            if not np.array_equal(first, second, equal_nan=True):
                 return False
     return True
 

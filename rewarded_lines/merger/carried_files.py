@@ -88,7 +88,7 @@ class Carried:
 
     def copy(self, folder: Path) -> None:
         """Copy the files to an output's folder; of files with one name the base's stays."""
-        for name in reversed(self.folders):
+        for name in reversed(list(self.folders)):
             for path in self.files_of(name):
                 place = folder / path.relative_to(self.folders[name])
                 place.parent.mkdir(exist_ok=True)

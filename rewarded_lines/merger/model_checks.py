@@ -149,13 +149,13 @@ def _copies(inputs: Sequence[Checkpoint], names: Iterable[str]) -> dict[str, str
 
 def _compare(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:
     where = f"policy `{name}` ({policy.folder})"
+    settings = compare_configs(base.config, policy.config, where)
     if heads := _new_heads(base, policy, extra):
-        what, kinds = "the policy has a head that the base lacks", policy.config.get("architectures")
-        remedy = with_head(str(kinds[0]) if isinstance(kinds, list) and kinds else "the policy's class", heads[0])
-        return [Problem(what, where, got=some(info.name for info in heads), remedy=remedy)]
+        # That the class is another one follows from the head.
+        settings = [problem for problem in settings if "`architectures`" not in problem.what]
     structure = [
-        *compare_configs(base.config, policy.config, where),
-        *_compare_names(base, policy, where, extra),
+        *settings,
+        *_compare_names(base, policy, where, extra, heads),
         *_compare_tensors(base, policy, name, extra),
     ]
     return structure or _compare_origin(base, policy, where)
@@ -176,11 +176,18 @@ def with_head(kind: str, head: TensorInfo) -> str:
     )
 
 
-def _compare_names(base: Checkpoint, policy: Checkpoint, where: str, extra: set[str]) -> list[Problem]:
+def _compare_names(
+    base: Checkpoint, policy: Checkpoint, where: str, extra: set[str], heads: Sequence[TensorInfo]
+) -> list[Problem]:
     missing = [name for name in base.tensors if name not in policy.tensors and name not in extra]
     added = [name for name in policy.tensors if name not in base.tensors and name not in extra]
-    rows = (("tensors of the base are missing", missing), ("tensors are not in the base", added))
-    return [Problem(f"{len(names)} {what}", where, got=some(names), remedy=REMEDY) for what, names in rows if names]
+    remedy = REMEDY
+    if heads:
+        kinds = policy.config.get("architectures")
+        remedy = with_head(str(kinds[0]) if isinstance(kinds, list) and kinds else "MODEL_CLASS", heads[0])
+        missing = [name for name in missing if not is_head(name)]
+    rows = (("tensors of the base are missing", missing, REMEDY), ("tensors are not in the base", added, remedy))
+    return [Problem(f"{len(names)} {what}", where, got=some(names), remedy=said) for what, names, said in rows if names]
 
 
 def _compare_tensors(base: Checkpoint, policy: Checkpoint, name: str, extra: set[str]) -> list[Problem]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as distributed
 from safetensors.torch import load_file
+from tiny_adapters import save_adapter
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
@@ -27,6 +28,15 @@ def test_folders_within(tiny):
         Path(f"run/checkpoint-{step}/model.safetensors").write_text("x")
     said = refused("run", "training_args.bin")
     assert "give the folder with the weights: run/checkpoint-500 or run/checkpoint-1000 or run/checkpoint-1500" in said
+
+
+def test_a_folder_of_the_hubs_cache(tiny):
+    save_adapter(tiny / "sft", tiny / "one", 1)
+    Path("models--org--sft/snapshots").mkdir(parents=True)
+    Path("sft").rename("models--org--sft/snapshots/0a1b")
+    for policy in ("one", "first"):
+        with pytest.raises(UserError, match="give the folder with the weights: models--org--sft/snapshots/0a1b"):
+            merge("models--org--sft", [policy], 1, out="out")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,3 +272,22 @@ def test_unequal_keys_shapes_and_tokenizer_are_told_at_once(tiny):
     assert "model.embed_tokens.weight: shape (300, 64) in base, (300, 32) in narrow" in text
     assert "tensors of the base are missing" in text and "model.layers.3." in text
     assert not (tiny / "out").exists()
+
+
+def test_a_download_that_links_to_the_hubs_cache(tiny):
+    """Earlier versions of the Hub's library made such folders, with `local_dir`."""
+    blobs = tiny / "cache/models--org--first/blobs"
+    blobs.mkdir(parents=True)
+    AutoModelForCausalLM.from_pretrained("first").save_pretrained("cut", max_shard_size="100KB")
+    for index, path in enumerate(sorted(Path("cut").glob("*.safetensors"))):
+        path.rename(blobs / str(index))
+        path.symlink_to(blobs / str(index))
+    assert index > 0
+    merge("sft", ["cut"], 1, out="out")
+    blobs.rename(tiny / "cache/models--org--first/others")
+    for path in Path("cut").glob("*.safetensors"):
+        place = tiny / "cache/models--org--first/others" / path.readlink().name
+        path.unlink()
+        path.symlink_to(place)
+    with pytest.raises(UserError, match="not in the checkpoint's folder"):
+        merge("sft", ["cut"], 1, out="out", overwrite=True)

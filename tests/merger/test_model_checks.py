@@ -160,7 +160,7 @@ def test_the_text_config_speaks_for_a_model_that_sees(tmp_path):
     embedding = next(name for name in names_in(tmp_path / "base") if name.endswith("embed_tokens.weight"))
     resave(tmp_path / "first", lambda content: {**content, "lm_head.weight": content[embedding].clone()})
     (result,) = merge(tmp_path / "base", [tmp_path / "first"], out=tmp_path / "out")
-    assert list(result.notes) == [f"left out: lm_head.weight, tied to {embedding}"]
+    assert f"left out: lm_head.weight, tied to {embedding}" in result.notes
     kind = type(ARCHITECTURES["gemma3-images"]())
     _, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
