@@ -25,7 +25,7 @@ from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load_engine import check_engine, check_settings, is_url, load_generator
-from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.responses import ResponseReader, thoughts_told
 from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
 from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device, choose_kernels
 from rewarded_lines.errors import UserError, fail
@@ -161,14 +161,14 @@ class Setup:
         `spec.too_long` decides on longer ones, and `told` gets a note on every change.
 
         Raises:
-            UserError: prompts are too long and `spec` refuses them, part of a chat would be lost, or a row lacks a
-                column that a reward reads.
+            UserError: prompts are too long and refused, part of a chat would be lost, or a reward's column is missing.
         """
         prompts, where = [row["prompt"] for row in rows], spec.file or str(spec.dataset)
         tokenizer = load_tokenizer(str(self.plan.text_folder), self.generation)
         ResponseReader.of(tokenizer, (), self.generation)
         if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
             check_template(tokenizer, chats, where)
+        self.told.extend(filter(None, [thoughts_told(tokenizer, prompts, self.generation)]))
         check_columns(self.rewards.values(), {where: rows})
         self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
         longest = self.generation.max_tokens
