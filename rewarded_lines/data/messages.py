@@ -222,7 +222,7 @@ def _part_text(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
     kind, text = (part.get("type", "text"), part.get("text")) if isinstance(part, Mapping) else ("?", None)
-    if kind != "text" or not isinstance(text, str):
+    if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
         raise fail(
             f"a content part of the type `{kind}`",
             where=where,

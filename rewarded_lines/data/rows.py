@@ -181,6 +181,7 @@ def _check(row: Row, role: str, where: str, layouts: Layouts) -> Any:
         where=where,
         expected=f"text, or messages such as {{'role': 'user', 'content': '...'}}; {_expected(layouts)}",
         got=f"{'nothing' if value is None else repr(value)[:80]}; {_names(row)}",
+        remedy="leave such rows out with a row function, which returns None for them",
     )
 
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.config_values import parse_strip
-from rewarded_lines.data.prompts import split_text
+from rewarded_lines.data.prompts import Prompt, encode, split_text
 from rewarded_lines.engines.base import Response, Tokens
 from rewarded_lines.errors import fail
+
+_THINK = "<think>"
+
+
+def thoughts_told(tokenizer: Any, prompts: Sequence[Prompt], spec: GenerationSpec) -> str:
+    """Return a sentence if rewards will read thoughts: the chat template begins answers with them; else ""."""
+    chats = [prompt for prompt in prompts[:1] if isinstance(prompt, list)]
+    if spec.strip or not any(tokenizer.decode(ids).rstrip().endswith(_THINK) for ids in encode(tokenizer, chats)):
+        return ""
+    return (
+        f"the chat template begins each answer with {_THINK}, so rewards read the thoughts, too; "
+        f'`generation: {{strip: "{_THINK}…</think>"}}` hides them'
+    )
 
 
 @dataclass(frozen=True)

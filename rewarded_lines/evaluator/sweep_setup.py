@@ -25,7 +25,7 @@ from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load_engine import check_engine, check_settings, is_url, load_generator
-from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.responses import ResponseReader, thoughts_told
 from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
 from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device, choose_kernels
 from rewarded_lines.errors import UserError, fail
@@ -119,11 +119,10 @@ class Setup:
         # Runs that are older than towers have no word on them.
         said = {name: (at.side,) if at.side in ("flat", "base") else () for name, at in places}
         blocks = sorted((name, at.stack, at.block, at.blocks, *said[name]) for name, at in places)
-        # Only of a tokenizer that is made for the merge; the base's own is part of the base.
+        # Only of a tokenizer that is made for the merge, so that earlier runs stay.
         texts = sorted(self.plan.text_folder.iterdir()) if self.plan.carried.changed else []
         return {
             "format": FORMAT,
-            # Only then, so that earlier runs stay.
             **({"texts": {path.name: file_hash(path) for path in texts}} if texts else {}),
             "engine": {
                 "kind": "server" if is_url(self.options.engine) else self.options.engine,
@@ -162,14 +161,14 @@ class Setup:
         `spec.too_long` decides on longer ones, and `told` gets a note on every change.
 
         Raises:
-            UserError: prompts are too long and `spec` refuses them, part of a chat would be lost, or a row lacks a
-                column that a reward reads.
+            UserError: prompts are too long and refused, part of a chat would be lost, or a reward's column is missing.
         """
         prompts, where = [row["prompt"] for row in rows], spec.file or str(spec.dataset)
         tokenizer = load_tokenizer(str(self.plan.text_folder), self.generation)
         ResponseReader.of(tokenizer, (), self.generation)
         if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
             check_template(tokenizer, chats, where)
+        self.told.extend(filter(None, [thoughts_told(tokenizer, prompts, self.generation)]))
         check_columns(self.rewards.values(), {where: rows})
         self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
         longest = self.generation.max_tokens

@@ -103,7 +103,8 @@ def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool
     if missing:
         # transformers would initialize the head at random, and its scores would be noise.
         raise _no_head(where, checkpoint, missing, unread, trust)
-    if left := [name for name in unread if name.removeprefix(WRAPPER).startswith(OWN_HEADS)]:
+    left = [name for name in unread if name.removeprefix(WRAPPER).startswith(OWN_HEADS)]
+    if left and not checkpoint.head:
         raise _reads_tokens(where, f"{checkpoint.reference} with {listed(left, _SHOWN)}, which no class for texts has")
 
     def read(output: Any) -> Any:

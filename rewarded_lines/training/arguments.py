@@ -87,6 +87,9 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
     content, options = _sources(argv, known)
     content |= {_key_of(name, known): None for name, value in options if value == ["null"]}
     given = frozenset([*map(str, content), *(_key_of(name, known) for name, _ in options)])
+    # YAML reads the choice `no` as false.
+    no = {action.dest for action in parser._actions if "no" in map(str, action.choices or ())}
+    content |= {key: "no" for key in no if content.get(key) is False}
     parser.set_defaults(**{key: None for key, value in content.items() if value is None})
     words = [word for key, value in content.items() for word in _as_words(key, value)]
     words += [word for name, value in options if value != ["null"] for word in _as_words(name, value)]

@@ -160,6 +160,8 @@ class Demonstrations:
         # Only tokens after the answer count: some templates begin an answer with special tokens.
         after = next((n for n in range(len(tail) + 1) if _ANSWER in self.tokenizer.decode(tail[:n])), len(tail))
         end = next((token for token in tail[after:] if token in special), None)
+        if end is None:
+            tell("the chat template writes no end token after an answer, so the model does not learn to end one")
         if end is None or end in self.ends:
             return
         self.ends |= {end}

@@ -35,7 +35,7 @@ def test_every_key_is_kept(message):
 
 
 def test_gaps_are_no_keys_and_parts_of_text_are_one_text():
-    parts = [{"type": "text", "text": "why ", "image": None}, {"type": "text", "text": "so"}]
+    parts = [{"type": "text", "text": "why ", "image": None}, {"type": "input_text", "text": "so"}]
     filled = {"role": "user", "content": parts, "tool_calls": None, "name": None}
     assert read_messages([filled], "row 0") == [{"role": "user", "content": "why so"}]
     shared = [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]

@@ -17,7 +17,7 @@ from transformers import (
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import encode
 from rewarded_lines.engines.load_engine import load_generator
-from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.engines.responses import ResponseReader, thoughts_told
 from rewarded_lines.engines.tokenizers import end_tokens, load_generation_config
 from rewarded_lines.engines.transformers_sampling import SeededSampling
 from rewarded_lines.errors import UserError
@@ -93,6 +93,22 @@ def test_thinking_that_the_prompt_begins_is_stripped_too():
     made, (head,) = reader(tokenizer, strip="<think>...</think>"), encode(tokenizer, [ASKED])
     said = tokenizer(["why\n</think>\n\nyes", "why"], add_special_tokens=False)["input_ids"]
     assert [made.read(head, tokens).judged for tokens in said] == ["yes", ""]
+
+
+@pytest.mark.parametrize(
+    ("begins", "prompt", "strip", "told"),
+    [
+        ("<think>\n", [ASKED], None, True),
+        ("<think>\n\n</think>\n\n", [ASKED], None, False),
+        ("<think>\n", [ASKED], "<think>…</think>", False),
+        ("<think>\n", ["why <think>"], None, False),
+    ],
+)
+def test_a_template_that_begins_answers_with_thoughts_is_told(begins, prompt, strip, told):
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ '" + begins.replace("\n", "\\n") + "' }}{% endif %}"
+    sentence = thoughts_told(tokenizer, prompt, GenerationSpec(strip=strip))
+    assert bool(sentence) == told and ('strip: "<think>…</think>"' in sentence) == told
 
 
 def test_markers_that_texts_never_hold_are_refused():

@@ -132,6 +132,17 @@ def test_openrlhfs_heads_have_a_name_a_mean_and_a_deviation(forms, prefix, norma
     assert scores(forms / "base") == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_declared_head_with_a_bias_is_no_head_for_tokens(forms):
+    from transformers import AutoModelForCausalLM
+
+    weight, bias = head_of(forms)
+    raw = [float(weight @ state + bias) for state in states(AutoModelForCausalLM.from_pretrained(forms / "base"))]
+    file = forms / "base/model.safetensors"
+    save_file({**load_file(file), "score.weight": weight[None], "score.bias": bias}, file, {"format": "pt"})
+    edit(forms / "base/config.json", value_head_prefix="score")
+    assert scores(forms / "base") == pytest.approx(raw, abs=1e-4)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_safe_rlhfs_heads_read_the_last_token(forms, bias):
     from transformers import AutoModelForCausalLM

@@ -356,6 +356,12 @@ def test_keys_that_a_recipe_cannot_follow_are_refused_at_once(tmp_path, kind, wo
     assert problem.where == where and remedy in problem.remedy
 
 
+def test_no_is_a_choice_that_yaml_reads_as_false(tmp_path):
+    (tmp_path / "c.yaml").write_text("output_dir: a\nsave_strategy: no\neval_strategy: no\n")
+    _, training = parse_recipe((DataOptions, SFTConfig), ["--config", str(tmp_path / "c.yaml")])
+    assert (training.save_strategy, training.eval_strategy) == ("no", "no")
+
+
 def test_sft_evaluates_while_it_trains_where_there_are_rows(tmp_path):
     words = ["--output_dir", str(tmp_path), "--eval_strategy", "epoch", "--validation_file", "a.jsonl"]
     assert parse_recipe((DataOptions, SFTConfig), words)[1].eval_strategy == "epoch"
