@@ -28,7 +28,7 @@ def cast(values: Array, out: Array) -> int:
 
 
 def _note_cast(notes: Notes) -> None:
-    notes.symbol("result", notes.symbol("source", 0).place)
+    notes.symbol("result", 0, notes.symbol("source", 0).place)
 
 
 def residual(base: Array, policy: Array, out: Array) -> None:
@@ -38,7 +38,7 @@ def residual(base: Array, policy: Array, out: Array) -> None:
 
 
 def _note_residual(notes: Notes) -> None:
-    notes.symbol("result", notes.residual(1, 0).place)
+    notes.symbol("result", 0, notes.residual(1, 0).place)
 
 
 def count_nonfinite(values: Array) -> int:
@@ -60,7 +60,7 @@ def place_columns(values: Array, width: int, factor: float, first: int, columns:
 
 
 def _note_scaled(notes: Notes) -> None:
-    notes.symbol("result", (notes.symbol("source", 0) * notes.symbol("factor", 0)).place)
+    notes.symbol("result", 0, (notes.symbol("source", 0) * notes.symbol("factor", 0)).place)
 
 
 def product(left: Array, right: Array, scale: float, start: int, out: Array) -> None:
@@ -84,7 +84,7 @@ def _note_sum(notes: Notes, rank: int) -> None:
     total = notes.constant(0.0)
     for row in range(rank):
         total = total + notes.symbol("source", row) * notes.symbol("factor", row)
-    notes.symbol("result", (total * notes.symbol("factor", rank)).place)
+    notes.symbol("result", 0, (total * notes.symbol("factor", rank)).place)
 
 
 def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: Array) -> None:
