@@ -130,13 +130,15 @@ def count_between(
     rest = _measured(_note_between, sources, [*counts.reshape(-1, 1), *found, zeros], factors, rows, *places)
     if not rest:
         return numpy_kernels.count_between(pairs, bounds, found)
-    first = [(inside, above, rest - above - below, bottom) for inside, above, below, bottom in counts.tolist()]
+    first: list[tuple[int, ...]] = [
+        (inside, above, rest - above - below, bottom) for inside, above, below, bottom in counts.tolist()
+    ]
     if rest == sources[0].size:
         return first, int(zeros[0])
     last = [(base[rest:], policy[rest:]) for base, policy in pairs]
     places_left = [out[row[0] :] for out, row in zip(found, first, strict=True)]
     more, others = numpy_kernels.count_between(last, bounds, places_left)
-    both = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, more, strict=True)]
+    both: list[tuple[int, ...]] = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, more, strict=True)]
     return both, int(zeros[0]) + others
 
 
