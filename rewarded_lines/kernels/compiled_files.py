@@ -17,17 +17,17 @@ _INDEX = ir.IntType(64)
 
 
 @cache
-def reader() -> Callable[..., int]:
-    """Return a function that reads values of all sources from files, a piece at a time, and calls loops on them.
+def reader(piece: int) -> Callable[..., int]:
+    """Return a function that reads `piece` values of all sources at a time from files, and calls loops on them.
 
     Its arguments are the number of sources, and the addresses of: their file descriptors, their places in the files,
-    the bytes of a value in each, and their buffers of `PIECE` values. Then the number of loops, and the addresses of:
+    the bytes of a value in each, and their buffers. Then the number of loops, and the addresses of:
     the loops, their parameters, their targets' addresses, and the numbers of their targets. Then how many values to
     read, and which value of its tensor the first is. It returns 0, or more if a value may not be finite or a file gave
     fewer bytes than were asked for.
     """
     module = ir.Module()
-    _Files(ir.Function(module, ir.FunctionType(_INDEX, [_INDEX] * 12), "files")).write()
+    _Files(ir.Function(module, ir.FunctionType(_INDEX, [_INDEX] * 12), "files")).write(piece)
     return ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * 12)(compiled(module, "files"))
 
 
@@ -38,8 +38,8 @@ class _Files:
         self._function = function
         self._builder = ir.IRBuilder(function.append_basic_block())
 
-    def write(self) -> None:
-        """Write all."""
+    def write(self, values: int) -> None:
+        """Write all, for pieces of so many values."""
         builder, entry = self._builder, self._builder.block
         sources, files, places, sizes, buffers, loops, *called, count, begin = self._function.args
         piece, source, called_block, end, failed = (self._function.append_basic_block() for _ in range(5))
@@ -48,7 +48,7 @@ class _Files:
         builder.position_at_end(piece)
         start = builder.phi(_INDEX)
         left = builder.sub(count, start)
-        length = builder.select(builder.icmp_signed("<", left, _INDEX(PIECE)), left, _INDEX(PIECE))
+        length = builder.select(builder.icmp_signed("<", left, _INDEX(values)), left, _INDEX(values))
         builder.branch(source)
         builder.position_at_end(source)
         row = builder.phi(_INDEX)

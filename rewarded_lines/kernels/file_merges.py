@@ -59,7 +59,7 @@ class FileMerge:
             np.array([rows.size for rows in targets], np.int64),
         ]
         files_at, called_at = ([array.ctypes.data for array in arrays] for arrays in (given, called))
-        read = files.reader()
+        read = files.reader(buffers[0].size)
         return not read(len(buffers), *files_at, len(targets), *called_at, len(inner), inner.start)
 
     def _group(self, first: int, lanes: int, start: int, outputs: Sequence[Array]) -> bool:

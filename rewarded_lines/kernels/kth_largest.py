@@ -163,7 +163,8 @@ def _ranked_between(
 
     Bounds are of the rows in turn, which may come several times. `wanted` gives their ranks by the zeros of the first.
     """
-    counts, parts, lock = np.zeros((len(bounds), 4), np.int64), [[np.empty(0)] for _ in bounds], Lock()
+    counts, zeros = np.zeros((len(bounds), 3), np.int64), 0
+    parts, lock = [[np.empty(0)] for _ in bounds], Lock()
     if sum(bound.share for bound in bounds) * total > _HELD:
         bounds = [Bounds(math.inf, math.inf, 0.0)] * len(bounds)
 
@@ -171,8 +172,10 @@ def _ranked_between(
         between = np.empty((len(bounds), BLOCK))
 
         def look(pairs: Sequence[tuple[Array, Array]]) -> None:
-            found = kernels.count_between(pairs, [(low, high) for low, high, _ in bounds], between)
+            nonlocal zeros
+            found, none = kernels.count_between(pairs, [(low, high) for low, high, _ in bounds], between)
             with lock:
+                zeros += none
                 for row, (number, *ends) in enumerate(found):
                     counts[row] += ends
                     parts[row].append(between[row, :number].copy())
@@ -180,8 +183,8 @@ def _ranked_between(
         return look
 
     visit(begin, stored=True)
-    ranks, found = wanted(int(counts[0, 3])), []
-    for rank, (low, high, _), (above, top, bottom, _), part in zip(ranks, bounds, counts, parts, strict=True):
+    ranks, found = wanted(zeros), []
+    for rank, (low, high, _), (above, top, bottom), part in zip(ranks, bounds, counts, parts, strict=True):
         values, place = np.concatenate(part), rank - above
         if rank == 0 or place <= 0 or place > top + values.size + bottom:
             return ranks

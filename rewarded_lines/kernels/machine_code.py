@@ -30,6 +30,8 @@ class Loop(NamedTuple):
 
     address: int
     call: Callable[..., int]
+    results: int = 1
+    """Of each output."""
 
     def run(self, sources: Sequence[Array], parameters: Array, targets: Sequence[Array], start: int = 0) -> bool:
         """Run a program that stores; return False if an input or a result may not be finite: then results mean nothing.
@@ -41,12 +43,12 @@ class Loop(NamedTuple):
             start: which value of its tensor the first is, a multiple of `LANES` for random masks.
         """
         whole = sources[0].size // LANES * LANES
-        done = self._call(sources, parameters, targets, len(targets), whole, start)
+        done = self._call(sources, parameters, targets, len(targets) // self.results, whole, start)
         if rest := sources[0].size - whole:
             # Some values more: the last one again.
             padded = [np.pad(source[whole:], (0, LANES - rest), "edge") for source in sources]
             made = [np.empty(LANES, target.dtype) for target in targets]
-            done = self._call(padded, parameters, made, len(targets), LANES, start + whole) and done
+            done = self._call(padded, parameters, made, len(targets) // self.results, LANES, start + whole) and done
             for target, values in zip(targets, made, strict=True):
                 target[whole : whole + rest] = values[:rest]
         return done
@@ -97,7 +99,8 @@ def translated(operations: tuple[Operation, ...], stored: tuple[str, ...], wante
     module = ir.Module()
     ProgramWriter(ir.Function(module, SIGNATURE, "loop"), stored, wanted, checked).write(operations)
     address = compiled(module, "loop")
-    return Loop(address, ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * len(SIGNATURE.args))(address))
+    call = ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * len(SIGNATURE.args))(address)
+    return Loop(address, call, max(1, sum(each.kind == "result" for each in operations)))
 
 
 def compiled(module: Any, name: str) -> int:

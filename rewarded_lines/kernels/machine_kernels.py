@@ -28,7 +28,7 @@ def cast(values: Array, out: Array) -> int:
 
 
 def _note_cast(notes: Notes) -> None:
-    notes.symbol("result", notes.symbol("source", 0).place)
+    notes.symbol("result", 0, notes.symbol("source", 0).place)
 
 
 def residual(base: Array, policy: Array, out: Array) -> None:
@@ -38,7 +38,7 @@ def residual(base: Array, policy: Array, out: Array) -> None:
 
 
 def _note_residual(notes: Notes) -> None:
-    notes.symbol("result", notes.residual(1, 0).place)
+    notes.symbol("result", 0, notes.residual(1, 0).place)
 
 
 def count_nonfinite(values: Array) -> int:
@@ -60,7 +60,7 @@ def place_columns(values: Array, width: int, factor: float, first: int, columns:
 
 
 def _note_scaled(notes: Notes) -> None:
-    notes.symbol("result", (notes.symbol("source", 0) * notes.symbol("factor", 0)).place)
+    notes.symbol("result", 0, (notes.symbol("source", 0) * notes.symbol("factor", 0)).place)
 
 
 def product(left: Array, right: Array, scale: float, start: int, out: Array) -> None:
@@ -84,7 +84,7 @@ def _note_sum(notes: Notes, rank: int) -> None:
     total = notes.constant(0.0)
     for row in range(rank):
         total = total + notes.symbol("source", row) * notes.symbol("factor", row)
-    notes.symbol("result", (total * notes.symbol("factor", rank)).place)
+    notes.symbol("result", 0, (total * notes.symbol("factor", rank)).place)
 
 
 def count_magnitudes(values: Array, prefix: int, shift: int, bits: int, counts: Array) -> None:
@@ -121,33 +121,37 @@ def _note_among(notes: Notes) -> None:
 
 def count_between(
     pairs: Sequence[Pair], bounds: Sequence[tuple[float, float]], found: Sequence[Array]
-) -> list[tuple[int, ...]]:
+) -> tuple[list[tuple[int, ...]], int]:
     """See `numpy_kernels.count_between`."""
-    sources, places = _distinct(pairs)
-    counts = np.zeros((len(bounds), 5), np.int64)
+    (sources, places), rows = _distinct(pairs), len(bounds)
+    counts, zeros = np.zeros((rows, 4), np.int64), np.zeros(1, np.int64)
     # The lower bound again, if it is another: nothing equals NaN.
     factors = [each for low, high in bounds for each in (low, high, low if low < high else math.nan)]
-    targets = [*counts.reshape(-1, 1), *found]
-    rest = _measured(_note_between, sources, targets, factors, len(bounds), *places)
-    first = [tuple(row) for row in (counts if rest else np.zeros_like(counts)).tolist()]
+    rest = _measured(_note_between, sources, [*counts.reshape(-1, 1), *found, zeros], factors, rows, *places)
+    if not rest:
+        return numpy_kernels.count_between(pairs, bounds, found)
+    first: list[tuple[int, ...]] = [
+        (inside, above, rest - above - below, bottom) for inside, above, below, bottom in counts.tolist()
+    ]
     if rest == sources[0].size:
-        return first
-    more = numpy_kernels.count_between(
-        [(base[rest:], policy[rest:]) for base, policy in pairs],
-        bounds,
-        [out[row[0] :] for out, row in zip(found, first, strict=True)],
-    )
-    return [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, more, strict=True)]
+        return first, int(zeros[0])
+    last = [(base[rest:], policy[rest:]) for base, policy in pairs]
+    places_left = [out[row[0] :] for out, row in zip(found, first, strict=True)]
+    more, others = numpy_kernels.count_between(last, bounds, places_left)
+    both: list[tuple[int, ...]] = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, more, strict=True)]
+    return both, int(zeros[0]) + others
 
 
 def _note_between(notes: Notes, bounds: int, *places: int) -> None:
     sizes = [abs(notes.residual(policy, base)) for base, policy in zip(places[::2], places[1::2], strict=True)]
     for row in range(bounds):
         size, (low, high, other) = sizes[row % len(sizes)], (notes.symbol("factor", 3 * row + k) for k in range(3))
-        inside = (size > low) & (size < high)
-        for place, each in enumerate((inside, size > high, size == high, size == other, size == 0.0)):
-            notes.symbol("count", 5 * row + place, each.place)
-        notes.symbol("collect", 5 * bounds + row, inside.place, size.place)
+        below = size < high
+        inside = (size > low) & below
+        for place, each in enumerate((inside, size > high, below, size == other)):
+            notes.symbol("count", 4 * row + place, each.place)
+        notes.symbol("collect", 4 * bounds + row, inside.place, size.place)
+    notes.symbol("count", 5 * bounds, (sizes[0] == 0.0).place)
 
 
 def count_overlaps(pairs: Sequence[Pair], changed: float, counts: Array) -> None:

@@ -134,10 +134,11 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
 
 def count_between(
     pairs: Sequence[tuple[Array, Array]], bounds: Sequence[tuple[float, float]], found: Sequence[Array]
-) -> list[tuple[int, ...]]:
-    """Copy the |τ| between each two bounds; return their number, and how many are above, equal to either, and zero.
+) -> tuple[list[tuple[int, ...]], int]:
+    """Copy the |τ| between each two bounds; return their number, and how many are above, and equal to either.
 
-    If both bounds are equal, these are counted once, as the upper.
+    The upper bound comes first. If both are equal, the lower has none. Also returned: how many |τ| of the first policy
+    are zero.
 
     Args:
         pairs: of each policy n stored values of the base and its own; τ is their difference, a NaN is above infinity.
@@ -153,9 +154,9 @@ def count_between(
         patterns, (least, most) = sizes[row % len(sizes)], np.array(limits, np.float64).view(np.int64)
         taken = patterns[(patterns > least) & (patterns < most)].view(np.float64)
         out[: taken.size] = taken
-        sets = patterns > most, patterns == most, (patterns == least) & (least < most), patterns == 0
+        sets = patterns > most, patterns == most, (patterns == least) & (least < most)
         counts.append((int(taken.size), *(int(np.count_nonzero(each)) for each in sets)))
-    return counts
+    return counts, int(np.count_nonzero(sizes[0] == 0))
 
 
 def rank_rows(sizes: Array, width: int, skipped: int, ranks: Array) -> None:

@@ -71,6 +71,7 @@ class ProgramWriter:
         random = [each.operands[0] for each in operations if each.kind == "random"]
         self._first_factor = numbers + Philox.WORDS * len(random)
         self._each = sum(each.kind == "factor" for each in operations)
+        self._results = sum(each.kind == "result" for each in operations)
         for place, each in enumerate(operations):
             if each.kind == "constant":
                 self._values[place] = self._everywhere(_INDEX(each.operands[0]))
@@ -155,7 +156,7 @@ class ProgramWriter:
         if kind == "random":
             return self._random[operands[0]].numbers(builder.add(self._start, self._place))
         if kind == "result":
-            return self._store(self._real(operands[0]))
+            return self._store(operands[0], self._real(operands[1]))
         if kind == "count":
             found = builder.ctpop(builder.bitcast(self._values[operands[1]], _BYTE))
             key = f"count {operands[0]}"
@@ -225,7 +226,7 @@ class ProgramWriter:
         small = builder.fpext(builder.bitcast(builder.or_(size, sign), _vector(_SINGLE)), _vector(_REAL))
         return builder.fmul(small, _all(_REAL, 2.0**112))
 
-    def _store(self, value: Any) -> Any:
+    def _store(self, index: int, value: Any) -> Any:
         """Round and store results; note their exponents."""
         builder, kind, word = self._builder, self._wanted, _WORDS[self._wanted]
         bits = builder.bitcast(value, _vector(_BITS))
@@ -250,7 +251,8 @@ class ProgramWriter:
             # A sum with a positive number loses the sign of a zero: put it back.
             sign = builder.trunc(builder.lshr(bits, _all(_BITS, 48)), _vector(_SHORT))
             codes = builder.or_(codes, builder.and_(sign, _all(_SHORT, 0x8000)))
-        target = self._item(self._targets, self._output)
+        row = builder.add(builder.mul(self._output, _INDEX(self._results)), _INDEX(index))
+        target = self._item(self._targets, row)
         place = builder.add(self._place, self._shift)
         builder.store(codes, self._at(target, place, word), align=word.width // 8)
         self._note("result", exponent)

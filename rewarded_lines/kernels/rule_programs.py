@@ -6,7 +6,7 @@ once; outputs whose rules do the same operations share a program.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +68,14 @@ def programs(
     code = kernels.machine_code()
     if not code.supports(*kinds, *wanted):
         return None
+    if bare and not any(step.weights or step.masks for step in steps):
+        # All in one pass: what occurs twice is done once.
+        notes = Notes()
+        if not all(_noted(step, stored, notes, True, bare, result=index) for index, step in enumerate(steps)):
+            return None
+        return _translated(
+            {(notes.structure(), wanted[0].name): list(range(len(steps)))}, [[] for _ in steps], kinds, True
+        )
     alike = len(set(stored)) == 1 and not bare
     known: dict[tuple[Any, ...], _Structure | None] = {}
     together: dict[tuple[_Structure, str], list[int]] = {}
@@ -79,15 +87,25 @@ def programs(
         numbers.append([] if step.copy is not None else weights if folded or bare else [*weights, step.scale])
         kind = (step.copy, step.rows, step.rule, folded, repr(step.parameters), tuple(step.masks))
         if kind not in known:
-            known[kind] = _noted(step, stored, folded or bare, bare)
+            known[kind] = _noted(step, stored, Notes(), folded or bare, bare)
         # A rule may look at weights, which are numbers then.
-        noted = known[kind] or _noted(step, stored, folded or bare, bare, weights)
+        noted = known[kind] or _noted(step, stored, Notes(), folded or bare, bare, weights)
         if noted is None:
             return None
         together.setdefault((noted, wanted[index].name), []).append(index)
     # A finite weighted sum of all inputs shows that every one of them is finite. Otherwise one program looks at them.
     checked = not any(step.linear and alike and len(step.rows) == len(stored) - 1 for step in steps)
-    found: list[Program] = []
+    return _translated(together, numbers, kinds, checked)
+
+
+def _translated(
+    together: Mapping[tuple[_Structure, str], list[int]],
+    numbers: Sequence[Sequence[float]],
+    kinds: Sequence[np.dtype[Any]],
+    checked: bool,
+) -> list[Program]:
+    """Return a program for each structure and type of output; the first one looks at all inputs if `checked`."""
+    code, found = kernels.machine_code(), list[Program]()
     for (notes, target), outputs in together.items():
         words = [word for mask in notes.masks for word in mask.words]
         factors = [np.array(numbers[index], np.float64) for index in outputs]
@@ -111,22 +129,25 @@ class _Structure(NamedTuple):
 def _noted(
     step: TensorMerge,
     stored: Sequence[np.dtype[Any] | None],
+    notes: Notes,
     unscaled: bool,
     bare: bool,
     weights: Sequence[float] | None = None,
+    result: int = 0,
 ) -> _Structure | None:
     """Return what makes an output; None if its rule does more than arithmetic.
 
     Args:
         step: the output.
         stored: see `programs`.
+        notes: take the operations.
         unscaled: whether the schedule's scale is no factor of its own.
         bare: see `programs`.
         weights: of the rule, in place of factors.
+        result: which of the results of one output.
     """
-    notes = Notes()
     if step.copy is not None:
-        notes.symbol("result", notes.symbol("source", step.copy).place)
+        notes.symbol("result", result, notes.symbol("source", step.copy).place)
         return notes.structure()
     masks, origin = notes.masks_of(step, len(stored)), notes.symbol("source", 0)
     sources = [(notes.symbol("source", row + 1), stored[row + 1]) for row in step.rows]
@@ -136,7 +157,7 @@ def _noted(
     try:
         merged = step.residual(residuals, masks, weights or factors)
         scaled = merged if scale is None else merged * scale
-        notes.symbol("result", (scaled if bare else origin + scaled).place)
+        notes.symbol("result", result, (scaled if bare else origin + scaled).place)
     except (TypeError, ValueError, AttributeError):
         return None
     return notes.structure()

@@ -36,6 +36,8 @@ def overlap_ratios(
         changed: a value counts if |τ| is larger.
         threads: 0 for all cores.
     """
+    if not rows:
+        return {}
     tables: list[Array] = []
 
     def begin() -> Visitor:

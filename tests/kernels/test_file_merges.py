@@ -37,13 +37,11 @@ def straight(tiny, monkeypatch):
     monkeypatch.setattr(block_stream, "_RUN", 3)
     # Pieces of parts of runs of a tensor: their ends are seldom those of eight values.
     monkeypatch.setattr(compiled_files, "PIECE", 64)
-    compiled_files.reader.cache_clear()
     done, run = [], FileMerge.run
     monkeypatch.setattr(FileMerge, "run", lambda *given: done.append(run(*given)) or done[-1])
     merge("sft", ["first", "second"], out="hashed")
     assert not done
-    yield done
-    compiled_files.reader.cache_clear()
+    return done
 
 
 def weights_of(folder):

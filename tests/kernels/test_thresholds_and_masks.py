@@ -14,7 +14,7 @@ from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import BLOCK
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
 from rewarded_lines.kernels.tensor_merge import TensorMerge
-from rewarded_lines.kernels.thresholds_and_masks import random_mask
+from rewarded_lines.kernels.thresholds_and_masks import overlap_ratios, random_mask
 from rewarded_lines.merger.merge_rules import spread
 
 DIGESTS = (b"\x01" * 32, b"\x02" * 32)
@@ -50,6 +50,16 @@ def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatc
             (found,) = kth_largest(base, policies, ["w0", "w1", "w2"], [rank], threads)
             expected = tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values())
             assert found == expected, rank
+
+
+def test_overlaps_of_one_policy_and_of_none(sources):
+    base, policies, drawn = sources
+    assert overlap_ratios(base, policies, ["w0", "w1"], (), 0.5, 1) == {}
+    assert overlap_ratios(base, policies, ["w0", "w1"], (1,), 0.5, 1) == {1: 0.0}
+    first, second = (np.abs(values[:2]) > 0.5 for values in drawn.values())
+    both = (first & second).sum()
+    expected = {0: both / (first & ~second).sum(), 1: both / (second & ~first).sum()}
+    assert overlap_ratios(base, policies, ["w0", "w1"], (0, 1), 0.5, 1) == expected
 
 
 def test_one_pass_after_a_sample(sources, monkeypatch):
@@ -103,9 +113,9 @@ def test_values_between_two_are_the_same_by_either(kind, special):
     sizes = np.abs(np.where(values[0] == values[1], 0.0, values[1] - values[0]))
     for row, (low, high) in enumerate(bounds):
         inside = np.sort(sizes[(sizes > low) & (sizes < high)])
-        above, zeros = np.isnan(sizes).sum() + (sizes > high).sum(), (sizes == 0).sum()
-        ends = above, (sizes == high).sum(), (sizes == low).sum() * (low < high), zeros
-        assert by_numpy[row] == (inside.size, *ends)
+        above = np.isnan(sizes).sum() + (sizes > high).sum()
+        ends = above, (sizes == high).sum(), (sizes == low).sum() * (low < high)
+        assert by_numpy[0][row] == (inside.size, *ends) and by_numpy[1] == (sizes == 0).sum()
         for out in found:
             assert np.array_equal(np.sort(out[row, : inside.size]), inside)
 
