@@ -34,6 +34,9 @@ _CONTENT_KEYS = ("name", *_CALLS, "reasoning_content", "reasoning", "thinking", 
 # What a text holds before the end of the thoughts, as reasoning models write them.
 _THOUGHTS, _END_OF_THOUGHTS = "thoughts before </think>", "</think>"
 _numbers = count()
+# Whether a chat template shows only lists of parts, by its text.
+_wants_parts: dict[str, bool] = {}
+_PROBE = "a text"
 # The turns to try with each key before the template counts as hiding it.
 _TRIED = 16
 # The turns of a single text, as in Anthropic's hh-rlhf.
@@ -136,7 +139,8 @@ def check_template(tokenizer: Any, chats: Iterable[Messages], where: str) -> Non
 def render(tokenizer: Any, chats: Sequence[Messages], **options: Any) -> Any:
     """Return `tokenizer.apply_chat_template(chats, **options)`, with a `UserError` if it fails.
 
-    A template that writes today's date writes `TODAY`, so that prompts are the same on every day.
+    A template that shows texts only as lists of parts gets those. One that writes today's date writes `TODAY`, so that
+    prompts are the same on every day.
     """
     from jinja2 import TemplateError
 
@@ -150,7 +154,7 @@ def render(tokenizer: Any, chats: Sequence[Messages], **options: Any) -> Any:
     if "strftime_now" in str(tokenizer.chat_template):
         options["strftime_now"] = TODAY.strftime
     try:
-        return tokenizer.apply_chat_template(list(chats), **options)
+        return tokenizer.apply_chat_template([for_template(tokenizer, chat) for chat in chats], **options)
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise fail(
             "the tokenizer's chat template fails on the chats",
@@ -158,6 +162,24 @@ def render(tokenizer: Any, chats: Sequence[Messages], **options: Any) -> Any:
             got=f"{type(error).__name__}: {error}",
             remedy="correct the template, or remove what it does not support (a system turn?)",
         ) from error
+
+
+def for_template(tokenizer: Any, chat: Messages) -> Messages:
+    """Return a chat as its template reads it: templates of models for images may show only lists of parts."""
+    from jinja2 import TemplateError
+
+    def shows(content: Any) -> bool:
+        try:
+            return _PROBE in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+            return False
+
+    template = str(tokenizer.chat_template)
+    if template not in _wants_parts:
+        _wants_parts[template] = not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
+    if not _wants_parts[template]:
+        return chat
+    return [{**turn, "content": [{"type": "text", "text": turn["content"] or ""}]} for turn in chat]
 
 
 def with_settings(template: Any, settings: Mapping[str, Any]) -> Any:

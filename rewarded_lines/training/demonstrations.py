@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from rewarded_lines.config import GenerationSpec, TooLong
 from rewarded_lines.data.lengths import Limit, fit, positions_of
-from rewarded_lines.data.messages import Messages, check_template, more_than_text, render
+from rewarded_lines.data.messages import Messages, check_template, for_template, more_than_text, render
 from rewarded_lines.data.prompts import encode_answers, one_bos
 from rewarded_lines.data.rows import Row, Tell
 from rewarded_lines.engines.tokenizers import (
@@ -94,7 +94,7 @@ class Demonstrations:
         """
         training = self._training
         if self._by_trl:
-            return Dataset.from_list([dict(row) for row in rows])
+            return Dataset.from_list([self._for_trl(row) for row in rows])
         if "completion" not in rows[0]:
             if training.completion_only_loss:
                 raise fail(
@@ -113,6 +113,13 @@ class Demonstrations:
                 "completion_mask": [[0] * len(head) + [1] * len(tail) for head, tail in parts],
             }
         )
+
+    def _for_trl(self, row: Row) -> Row:
+        """Return a row whose chats are as the chat template reads them."""
+        if self._cloned:
+            return dict(row)
+        chats = {key: row[key] for key in ("messages", "prompt", "completion") if isinstance(row.get(key), list)}
+        return row | {key: for_template(self.tokenizer, chat) for key, chat in chats.items()}
 
     def _lengths(self, rows: Sequence[Row]) -> list[int]:
         return [len(ids) for ids in self._ids(rows)]

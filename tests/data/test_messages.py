@@ -170,6 +170,7 @@ def test_todays_date_is_the_same_every_day(name, date):
     assert render(tokenizer, [[ASKED]], tokenize=False)[0].endswith(f"ate: {pinned}")
 
 
+HIDES = "{% for m in messages %}{{ m.role }}<end>{% endfor %}"
 PARTS = """{% for m in messages %}{{ m.role }}:
 {% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<end>{% endfor %}"""
 STRIPS = "{% for m in messages %}{{ m.role }}{{ m.content.split('</think>')[-1] }}<end>{% endfor %}"
@@ -178,8 +179,7 @@ STRIPS = "{% for m in messages %}{{ m.role }}{{ m.content.split('</think>')[-1] 
 @pytest.mark.parametrize(
     ("template", "chat", "hidden"),
     [
-        # Of SmolVLM and Idefics 3: a text is no list of parts.
-        (PARTS, [ASKED, said("yes")], "`content`"),
+        (HIDES, [ASKED, said("yes")], "`content`"),
         # Of DeepSeek-R1's distilled models.
         (STRIPS, [ASKED, said("<think>why</think>yes")], "`thoughts before </think>`"),
         (STRIPS, [ASKED, said("<think>why</think>yes"), ASKED], ""),
@@ -191,4 +191,14 @@ def test_a_template_must_show_the_text_of_turns_and_the_last_thoughts(template, 
     tokenizer = make_tokenizer("qwen3")
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"leaves out {hidden}") if hidden else nullcontext():
+        check_template(tokenizer, [chat], "rows")
+
+
+def test_a_template_that_reads_lists_of_parts_gets_them():
+    """SmolVLM, Idefics 3 and Llama Guard show no text that is not in a list, and LLaVA-NeXT fails on one."""
+    tokenizer, chat = make_tokenizer("qwen3"), [ASKED, said("yes")]
+    for template in (PARTS, PARTS.replace("part.type == 'text'", "part.text + ''")):
+        tokenizer.chat_template = template
+        text = "user:\nwhy<end>assistant:\nyes<end>"
+        assert render(tokenizer, [chat], tokenize=False) == [text]
         check_template(tokenizer, [chat], "rows")

@@ -22,3 +22,14 @@ def test_a_template_that_ends_no_answer_is_told(tmp_path, end, told):
     rows = Demonstrations(tokenizer, None, GenerationSpec(), SFTConfig(output_dir=str(tmp_path), bf16=False))
     rows.fit([ROW], "refuse", "rows", sentences.append)
     assert any("does not learn to end one" in one for one in sentences) == told
+
+
+def test_trl_gets_chats_as_the_template_reads_them(tmp_path):
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{% if part.type == 'text' %}"
+        "{% generation %}{{ part.text + '<|im_end|>' }}{% endgeneration %}{% endif %}{% endfor %}{% endfor %}"
+    )
+    training = SFTConfig(output_dir=str(tmp_path), bf16=False, assistant_only_loss=True)
+    (row,) = Demonstrations(tokenizer, None, GenerationSpec(), training).dataset([ROW])
+    assert tokenizer.apply_chat_template(row["messages"], tokenize=False) == "why<|im_end|>so<|im_end|>"
