@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
-from rewarded_lines.checkpoints.dtypes import DType, as_torch, widest
+from rewarded_lines.checkpoints.dtypes import F32, DType, as_torch, widest
 from rewarded_lines.checkpoints.hashing import RunningHashes
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles, total_bytes
@@ -221,14 +222,26 @@ class ModelPlan(Plan):
             writers = [stack.enter_context(writer) for writer in made]
             self._stream(specs, writers, hashes, nonfinite, progress)
         hashes.remember()
-        floats = [info.dtype for info in infos if info.dtype.floating]
-        config = {**self.carried.config(self.base.config), "dtype": widest(floats).torch if floats else "float32"}
-        # Loaders use the type in the config, so it must be the widest that was written.
+        config = {**self.carried.config(self.base.config), "dtype": self._loaded_as(infos).torch}
         config.pop("torch_dtype", None)
         for folder in folders:
             self.carried.copy(folder)
             write_json(folder / "config.json", config)
         return nonfinite
+
+    def _loaded_as(self, infos: Sequence[TensorInfo]) -> DType:
+        """Return the type for the config, in which loaders hold all weights: the widest that was written.
+
+        Where the base itself has wider tensors among the others (routers' biases, states of Mamba) it is the type of
+        most values, as in the base's config.
+        """
+        floats = [info for info in infos if info.dtype.floating]
+        if not floats or any(info.dtype != self.base.tensors[info.name].dtype for info in floats):
+            return widest([info.dtype for info in floats] or [F32])
+        sizes = Counter[DType]()
+        for info in floats:
+            sizes[info.dtype] += info.elements
+        return sizes.most_common(1)[0][0]
 
     def _stream(
         self,

@@ -141,6 +141,19 @@ def test_sixteen_bit_inputs_and_outputs(tiny, dtype):
     assert AutoModelForCausalLM.from_pretrained("cast").dtype == kind
 
 
+def test_a_few_wide_tensors_do_not_widen_the_model(tiny):
+    """GLM-4.5 and DeepSeek-V3 keep the bias of their routers in float32, models with Mamba blocks some states."""
+    for seed, name in enumerate(("sft16", "first16")):
+        save_model(perturb(make_model(0), seed).bfloat16(), tiny / name)
+        values = load_file(tiny / name / "model.safetensors")
+        values |= {each: value.float() for each, value in values.items() if each.endswith("norm.weight")}
+        save_file(values, tiny / name / "model.safetensors", {"format": "pt"})
+    merge("sft16", ["first16"], 0.5, method="wise-ft", out="out")
+    out = weights(tiny / "out")
+    assert {name: value.dtype for name, value in out.items()} == {name: value.dtype for name, value in values.items()}
+    assert AutoModelForCausalLM.from_pretrained("out").dtype == torch.bfloat16
+
+
 def test_mixed_types_keep_the_widest(tiny):
     save_model(AutoModelForCausalLM.from_pretrained("sft").bfloat16(), tiny / "sft16")
     merge("sft16", ["first", "second"], 1.0, beta=0, out="out")
