@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import binding, ir
 
-from rewarded_lines.kernels.program_writer import LANES, RANKS, SIGNATURE, STORED, ProgramWriter
+from rewarded_lines.kernels.program_writer import LANES, SIGNATURE, STORED, ProgramWriter
 from rewarded_lines.kernels.rule_programs import Operation
 
 Array = np.ndarray[Any, Any]
-
-__all__ = ["LANES", "RANKS", "SIGNATURE", "Loop", "addresses", "compiled", "cpu_features", "supports", "translated"]
 
 _WIDEST = ",-prefer-256-bit"
 _engines: list[Any] = []
