@@ -75,7 +75,9 @@ def supports(*stored: np.dtype[Any]) -> bool:
 
 def addresses(rows: Iterable[Array]) -> Array:
     """Return where arrays without gaps begin in memory."""
-    return np.array([row.ctypes.data for row in rows], np.int64)
+    listed = list(rows)
+    assert all(row.flags.c_contiguous for row in listed), "machine code takes arrays without gaps"
+    return np.array([row.ctypes.data for row in listed], np.int64)
 
 
 def cpu_features() -> str:
