@@ -9,7 +9,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from rewarded_lines.kernels.machine_code import SIGNATURE, compiled
+from rewarded_lines.kernels.machine_code import compiled
+from rewarded_lines.kernels.program_writer import SIGNATURE
 
 # Values of a piece: those of all sources stay in the caches of one core.
 PIECE = 1 << 15

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import binding, ir
 
-from rewarded_lines.kernels.program_writer import LANES, RANKS, SIGNATURE, STORED, ProgramWriter
+from rewarded_lines.kernels.program_writer import LANES, SIGNATURE, STORED, ProgramWriter
 from rewarded_lines.kernels.rule_programs import Operation
 
 Array = np.ndarray[Any, Any]
-
-__all__ = ["LANES", "RANKS", "SIGNATURE", "Loop", "addresses", "compiled", "cpu_features", "supports", "translated"]
 
 _WIDEST = ",-prefer-256-bit"
 _engines: list[Any] = []
@@ -77,7 +75,9 @@ def supports(*stored: np.dtype[Any]) -> bool:
 
 def addresses(rows: Iterable[Array]) -> Array:
     """Return where arrays without gaps begin in memory."""
-    return np.array([row.ctypes.data for row in rows], np.int64)
+    listed = list(rows)
+    assert all(row.flags.c_contiguous for row in listed), "machine code takes arrays without gaps"
+    return np.array([row.ctypes.data for row in listed], np.int64)
 
 
 def cpu_features() -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.kernels import numpy_kernels
-from rewarded_lines.kernels.machine_code import LANES, Loop, supports, translated
+from rewarded_lines.kernels.machine_code import Loop, supports, translated
+from rewarded_lines.kernels.program_writer import LANES
 from rewarded_lines.kernels.rule_programs import Notes
 
 Array = np.ndarray[Any, Any]

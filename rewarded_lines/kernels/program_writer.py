@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 
 from rewarded_lines.kernels.philox import Philox
-from rewarded_lines.kernels.rule_programs import Operation
+from rewarded_lines.kernels.rule_programs import RANKS, Operation
 
 # Values that an operation takes at a time.
 LANES = 8
@@ -16,8 +16,6 @@ _EXPONENT, _SIGN = 0x7FF << 52, 1 << 63
 _BITS, _INDEX, _HALF, _SHORT, _BYTE = ir.IntType(64), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _SINGLE, _REAL = ir.FloatType(), ir.DoubleType()
 _WORDS = {"uint16": _SHORT, "int16": _SHORT, "float32": _HALF, "float64": _BITS}
-RANKS = "ranks"
-"""The type of sources that are whole numbers of 32 bits."""
 _INFINITE = {"uint16": 0x7F80, "int16": 0x7C00, "float32": 0x7F800000, "float64": _EXPONENT}
 # Larger exponents of a float64 may be infinite in the type.
 _LARGEST = {"uint16": 1023 + 126, "int16": 1023 + 14, "float32": 1023 + 126, "float64": 1023 + 1023}

@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.kernels import kernels
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge, all_masks
 
 Array = np.ndarray[Any, Any]
 
+RANKS = "ranks"
+"""The type of sources that are whole numbers of 32 bits."""
 _ARITHMETIC = {"add": "fadd", "sub": "fsub", "mul": "fmul", "truediv": "fdiv"}
 _COMPARISONS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "=="}
 _LOGIC = {"and": "and_", "or": "or_"}
@@ -93,8 +96,10 @@ def programs(
         if noted is None:
             return None
         together.setdefault((noted, wanted[index].name), []).append(index)
-    # A finite weighted sum of all inputs shows that every one of them is finite. Otherwise one program looks at them.
-    checked = not any(step.linear and alike and len(step.rows) == len(stored) - 1 for step in steps)
+    # A finite weighted sum of all inputs shows that every one of them is finite. Otherwise one program looks at them,
+    # and at float16, whose infinities and NaN are widened to numbers.
+    whole = any(step.linear and alike and len(step.rows) == len(stored) - 1 for step in steps)
+    checked = not whole or FLOATS["float16"].storage in kinds
     return _translated(together, numbers, kinds, checked)
 
 
@@ -112,7 +117,7 @@ def _translated(
         constants = np.array([float(text) for text in notes.constants])
         parameters = np.concatenate([constants, np.array(words, np.uint64).view(np.float64), *factors])
         ranked = [mask for mask in notes.masks if mask.ranked]
-        names = (*(each.name for each in kinds), *(code.RANKS for _ in ranked))
+        names = (*(each.name for each in kinds), *(RANKS for _ in ranked))
         loop = code.translated(notes.operations, names, target, checked and not found)
         found.append(Program(loop, parameters, outputs, ranked))
     return found

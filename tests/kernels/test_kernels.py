@@ -217,16 +217,19 @@ def test_linear(format_, target):
             assert (out[:, length] == 77).all()
 
 
-def test_what_is_not_finite_is_counted_or_told():
+@FORMATS
+def test_what_is_not_finite_is_counted_or_told(format_):
+    one, infinite = encode(np.array([1.0, np.inf]), format_).tolist()
     for length in LENGTHS[1:]:
         for name, place in itertools.product(("base", "policy"), (0, length // 2, length - 1)):
-            base, policies = np.ones(length, np.float32), np.ones((2, length), np.float32)
-            (base if name == "base" else policies[1])[place] = np.nan if place else np.inf
+            codes = np.full((3, length), one, format_.unsigned)
+            codes[0 if name == "base" else 2, place] = infinite + bool(place)
+            base, *policies = codes.view(storage(format_))
             out = np.empty((1, length), np.float32)
-            found = linear(base, policies, [0, 1], [[0.5, 0.25]], out, FLOAT32)
+            found = linear(base, np.array(policies), [0, 1], [[0.5, 0.25]], out, FLOAT32)
             assert found == (None if kernels is machine_kernels else [1]), (length, name, place)
             # Also where no output needs the policy.
-            found = linear(base, policies, [0], [[0.5]], out, FLOAT32)
+            found = linear(base, np.array(policies), [0], [[0.5]], out, FLOAT32)
             assert found == (None if kernels is machine_kernels else [int(name == "base")]), (length, name, place)
 
 
