@@ -151,7 +151,8 @@ def test_unkind_values(case, types, families, tmp_path, monkeypatch):
 def test_ordinary_values_have_no_exceptions(case, types, families, tmp_path):
     formats, dtype = TYPES[types]
     family = families(formats[: policies_of(case) + 1], gentle=True)
-    tally = run(family, case, dtype, tmp_path / "out", (0.45123, 1.09771), odd=True)
+    # (0.45123, 1.09771) over a density of 0.7 is 1751/1500: so simple a fraction has results halfway between numbers.
+    tally = run(family, case, dtype, tmp_path / "out", (0.4512337, 1.0977119), odd=True)
     assert (tally.near_tie, tally.cancelled, tally.undecided) == (0, 0, 0)
 
 
