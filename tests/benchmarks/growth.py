@@ -38,7 +38,7 @@ MANY_LAMBDAS, PROMPTS, TOKENS = 1001, 100, 8
 # A base and 16 policies of this shape fit the disk, and so do 1,001 merges of the small one.
 SMALL = Llama(128, 256, 8, 4, 4, 2000)
 POLICY_PARAMETERS = 5e7
-# The models of sweeps. With fewer parameters 11 λ would not load the compiled loops, which take 120 MB, and 1,001 would.
+# The models of sweeps. With fewer parameters 11 λ would not load the compiled loops (120 MB), and 1,001 would.
 SWEPT = replace(TINY, vocabulary=4000)
 Command = Sequence[str | Path]
 
