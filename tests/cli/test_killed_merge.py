@@ -77,10 +77,13 @@ def kill(begin, random, longest, args):
     """Kill a merge at a random moment, from its start or from its first write; return its folders."""
     there = set(names())
     process = begin(*args)
-    if random.random() < 0.6:
+    delay = random.uniform(0, longest)
+    if random.random() < 0.75:
         while process.is_alive() and not set(names()) - there:
-            time.sleep(0.002)
-    process.join(random.uniform(0, longest))
+            time.sleep(0.001)
+        # Writing takes a small share of the whole.
+        delay = longest * 10 ** random.uniform(-3, -1)
+    process.join(delay)
     process.kill()
     process.join(60)
     return [name for name in names() if name.startswith(".out.")]
