@@ -71,7 +71,9 @@ QWEN_TEXT = {**LLAMA, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 
 QWEN_EYE = {"depth": 2, "hidden_size": 64, "num_heads": 2, "patch_size": 8}
 QWEN2_VL = {"text_config": QWEN_TEXT, "vision_config": {**QWEN_EYE, "embed_dim": 64, "mlp_ratio": 2}}
 QWEN3_EYE = {"out_hidden_size": 64, "intermediate_size": 96, "deepstack_visual_indexes": [0, 1]}
-QWEN3_VL = {"text_config": QWEN_TEXT, "vision_config": {**QWEN_EYE, **QWEN3_EYE}}
+# The published configs say "default"; with "mrope" transformers does not make this class.
+QWEN3_TEXT = {**LLAMA, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]}}
+QWEN3_VL = {"text_config": QWEN3_TEXT, "vision_config": {**QWEN_EYE, **QWEN3_EYE}}
 
 
 def _builder(model: str, config: str, settings: dict[str, Any], **more: Any) -> Callable[[], Any]:
