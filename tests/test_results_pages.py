@@ -136,6 +136,13 @@ def test_new_records_need_no_code(copy: Path) -> None:
     assert "## Further records" not in pages.render("results.md")[0]
 
 
+def test_rows_are_named_by_their_seed_or_all() -> None:
+    names = ("movie_reviews/lengths-seed2", "packages/dpo-all-seeds")
+    assert [pages.seed_of(name) for name in names] == ["2", "all, averaged"]
+    page = pages.render("movie_reviews.md")[0]
+    assert "| LiNeS − one factor | all, averaged |" in page and "| LiNeS − one factor | 2 |" in page
+
+
 def test_tables_and_summaries_say_the_same() -> None:
     """Where `summary.json` is missing, its numbers are read from `table.md`."""
     one = kept_records.record("movie_reviews/ppo-all-seeds")

@@ -80,6 +80,11 @@ def share(value: float) -> str:
     return f"{100 * value:.0f}%"
 
 
+def seed_of(name: str) -> str:
+    """Return the training seed in a record's name, or "all, averaged"."""
+    return "all, averaged" if name.endswith("-all-seeds") else name.rpartition("seed")[2]
+
+
 def others(root: Path = HERE) -> list[Record]:
     """Return the records that no template looks up."""
     text = "".join((HERE / "templates" / template).read_text(encoding="utf-8") for template in PAGES)
@@ -105,7 +110,7 @@ def gains(name: str, root: Path = HERE) -> Iterator[tuple[dict[str, str], Estima
 def environment(root: Path = HERE) -> jinja2.Environment:
     """Return jinja's environment, in which an unknown name is an error."""
     made = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    made.filters |= {"ci": ci, "delta": delta, "pm": pm, "n": fixed, "percent": share}
+    made.filters |= {"ci": ci, "delta": delta, "pm": pm, "n": fixed, "percent": share, "seed": seed_of}
     made.globals |= {
         "cells": cells,
         "changes": changes,
