@@ -43,6 +43,8 @@ def test_logits_equal_those_of_transformers(wide_classifier):
 
 @pytest.mark.slow
 def test_a_freed_one_is_loaded_again_beside_a_policys_engine(wide_classifier, tiny):
+    # Another test of this process may have left it so.
+    before = torch.distributed.is_initialized()
     reward = load_reward("r", RewardSpec(model=str(wide_classifier), format="0", backend="vllm"), device="cpu")
     scores = reward.score(WORDS, WORDS)
     spec = GenerationSpec(max_tokens=8, temperature=0)
@@ -56,7 +58,7 @@ def test_a_freed_one_is_loaded_again_beside_a_policys_engine(wide_classifier, ti
     policy.close()
     assert reward.score(WORDS, WORDS) == pytest.approx(scores, abs=1e-5)
     reward.free()
-    assert not torch.distributed.is_initialized()
+    assert torch.distributed.is_initialized() == before
 
 
 def test_the_memory_of_a_judge_from_the_hub_is_known_once_it_is_downloaded(tiny, monkeypatch):
