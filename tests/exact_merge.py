@@ -51,6 +51,13 @@ class Tally:
         self.wrong += other.wrong
 
 
+def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> np.ndarray:
+    """Return which of `count` values the library keeps at random, from `start` on."""
+    from rewarded_lines.kernels.thresholds_and_masks import RandomMask, uniform_numbers
+
+    return RandomMask(seed, name, digest, density).chosen(uniform_numbers(seed, name, digest, start, count), ())
+
+
 def scale_of(name: str, alpha: float, beta: float, outside: str = "alpha") -> Fraction:
     """Return α + β·(ℓ−1)/(L−1), and outside the blocks what `outside` says."""
     if ".layers." in name:
@@ -253,7 +260,7 @@ class Reference:
 
     def kept(self, name, residuals, options):
         """Return the library's own random masks, from a digest of each policy's bytes."""
-        from rewarded_lines.kernels.thresholds_and_masks import BLOCK, random_mask
+        from rewarded_lines.kernels.blocks import BLOCK
 
         count, result = residuals[0].size, []
         for codes in self.family.codes[1:]:

@@ -25,7 +25,7 @@ from rewarded_lines.merger.open_inputs import plan_adapters, plan_merge
 from rewarded_lines.merger.plan import Plan
 from rewarded_lines.merger.spec import MergeSpec
 
-# A worker process of vLLM imports this module, and numba with it, before it builds its model.
+# A worker process of vLLM imports this module before it builds its model.
 let_vllm_search_modules()
 
 # Memory runs out, or this vLLM has other names.

@@ -53,15 +53,6 @@ def overlap_ratios(
     return {row: several / one if one else 0.0 for row, several, one in zip(rows, shared, alone, strict=True)}
 
 
-def random_mask(seed: int, name: str, digest: bytes, density: float, start: int, count: int) -> Array:
-    """Return `count` booleans, each true with probability `density`, for a tensor's values from `start` on.
-
-    See `uniform_numbers`.
-    """
-    mask: Array = RandomMask(seed, name, digest, density).chosen(uniform_numbers(seed, name, digest, start, count), ())
-    return mask
-
-
 def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
     """Return `count` whole numbers below 2²⁴, all equally probable, as float32.
 

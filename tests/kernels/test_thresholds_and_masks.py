@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from exact_merge import random_mask
 from safetensors.numpy import save_file
 
 from rewarded_lines.checkpoints.dtypes import F64, FLOATS
@@ -14,7 +15,7 @@ from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import BLOCK
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
 from rewarded_lines.kernels.tensor_merge import TensorMerge
-from rewarded_lines.kernels.thresholds_and_masks import overlap_ratios, random_mask
+from rewarded_lines.kernels.thresholds_and_masks import overlap_ratios
 from rewarded_lines.merger.merge_rules import spread
 
 DIGESTS = (b"\x01" * 32, b"\x02" * 32)
