@@ -29,7 +29,7 @@ from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.config_values import CHAT
+from rewarded_lines.config_values import CHAT, TEXT
 from rewarded_lines.data.dataset_formats import last_answers, read_pairs
 from rewarded_lines.data.lengths import Limit, fit, positions_of
 from rewarded_lines.data.messages import check_template, more_than_text
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
         set_own_template(tokenizer, training, generation_of(options.project_file))
         pairs = read_pairs(data.train(), tell=say)
         held_out = read_pairs(data.validation() or data.train(), tell=say)
-        template = recipe.template or (CHAT if isinstance(pairs[0]["prompt"], list) else "{prompt}{response}")
+        template = recipe.template or (CHAT if isinstance(pairs[0]["prompt"], list) else TEXT)
         reading = ClassifierReading(tokenizer, template, "the reward model")
         check(reading, [*pairs, *held_out], data)
         inputs = {"train": rows_hash(pairs), "validation": rows_hash(held_out), "base": reference_hash(base)}

@@ -17,6 +17,7 @@ from rewarded_lines.errors import has_secret
 
 # The template of a reward model that formats conversations with its own chat template.
 CHAT = "chat"
+TEXT = "{prompt}{response}"
 
 
 class Strict(BaseModel):

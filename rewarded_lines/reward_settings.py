@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rewarded_lines.config_values import (
     CHAT,
+    TEXT,
     Strict,
     check_template,
     check_url,
@@ -73,7 +74,8 @@ class RewardSpec(Strict):
     `trust_remote_code`; the classes are then the output's `rewards`, and "score" for what the code makes of them.
     `tokenizer` is another folder's or Hub id's.
     `template` is the text that the model reads; a list of two is the pair for a cross-encoder; "chat" is the
-    conversation in the reward model's own chat template.
+    conversation in the reward model's own chat template. Without one, a model that has a chat template reads chats by
+    it, as TRL's trainers do, and all else is "{prompt}{response}".
 
     A `function` is `(prompts, responses, **columns)`, one for TRL, or a ready one: `math_answer`, `json_schema`,
     `regex`, `length`, `language`, `readability`, `repetition`. With `messages`, it receives the turns of a chat, not
@@ -106,7 +108,7 @@ class RewardSpec(Strict):
 
     model: str | None = None
     format: Annotated[Annotated[str, checked(parse_format)] | None, BeforeValidator(_as_text)] = None
-    template: Annotated[str | tuple[str, str], checked(check_template)] = "{prompt}{response}"
+    template: Annotated[str | tuple[str, str], checked(check_template)] = TEXT
     function: str | None = None
     messages: bool | None = None
     options: Annotated[dict[str, Any], checked(check_variables)] = {}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rewarded_lines.config_values import CHAT
+from rewarded_lines.config_values import CHAT, TEXT
 from rewarded_lines.data.messages import as_turns, check_template, more_than_text, render
 from rewarded_lines.data.prompts import Prompt, one_bos, prompt_text
 from rewarded_lines.errors import fail
@@ -26,16 +26,19 @@ class ClassifierReading:
     The template "chat" renders the whole conversation with the tokenizer's chat template. A text template fills
     {prompt} and {response}; a chat's {prompt} joins all turns but the system's by blank lines. Two texts, or one
     text with the tokenizer's separator in it, make a pair for a cross-encoder, with token types if it has them.
+    None reads a chat by the template "chat", as TRL's trainers do, and a text followed by its response.
     """
 
     tokenizer: Any
-    template: Template
+    template: Template | None
     where: str
 
     def tokens(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[list[Tokens], list[Tokens] | None]:
         """Return the token ids of each prompt with its response, and token types of pairs."""
         if not prompts:
             return [], None
+        if self.template is None:
+            return self._by_kind(prompts, responses), None
         if self.template == CHAT:
             return self._conversations(prompts, responses), None
         texts = [text_of(prompt, self.where) for prompt in prompts]
@@ -48,6 +51,11 @@ class ClassifierReading:
 
     def check(self, prompts: Sequence[Prompt]) -> str:
         """See `Reward.check`."""
+        if self.template is None:
+            if not (chats := [prompt for prompt in prompts if isinstance(prompt, list)]):
+                return f"{self.where} reads {TEXT}; `template: chat` would make them turns of its chat template"
+            replace(self, template=CHAT).check(chats)
+            return f"{self.where} reads chats in its own chat template"
         if self.template != CHAT:
             return check_texts(prompts, self.where, "template: chat")
         check_template(self.tokenizer, [as_turns(prompt) for prompt in prompts], self.where)
@@ -61,6 +69,17 @@ class ClassifierReading:
         own = self.tokenizer.eos_token_id if own is None else own
         one_text = isinstance(self.template, str) and self.template != CHAT
         return pad != own or (one_text and self.tokens(["a"], ["a"])[1] is not None)
+
+    def _by_kind(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Tokens]:
+        """Read chats by the chat template and texts as `TEXT`."""
+        ids: list[Tokens] = [[]] * len(prompts)
+        for kind, template in ((list, CHAT), (str, TEXT)):
+            places = [at for at, prompt in enumerate(prompts) if isinstance(prompt, kind)]
+            reading = replace(self, template=template)
+            found, _ = reading.tokens([prompts[at] for at in places], [responses[at] for at in places])
+            for at, row in zip(places, found, strict=True):
+                ids[at] = row
+        return ids
 
     def _conversations(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Tokens]:
         if not self.tokenizer.chat_template:

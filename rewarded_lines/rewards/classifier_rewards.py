@@ -32,7 +32,7 @@ from rewarded_lines.rewards.transformers_classifier import HuggingFaceClassifier
 from rewarded_lines.rewards.vllm_classifier import VllmClassifier
 
 # Marks classifiers that older versions read with other tokens; their cached scores do not count.
-_READ_ANEW, _READ_LAST = ":2", ":last"
+_READ_ANEW, _READ_LAST, _READ_CHATS = ":2", ":last", ":chats"
 _MOST_NAMES = 40
 Backend = HuggingFaceClassifier | VllmClassifier
 _BACKENDS: dict[str, type[Backend]] = {"hf": HuggingFaceClassifier, "vllm": VllmClassifier}
@@ -157,9 +157,10 @@ class ModelReward(Reward):
         self._where = f"reward `{name}`"
         self._spec, self._model = spec, shared
         self.device, self.size, self.tokenizer = shared.device, shared.size, shared.tokenizer
-        self._reading = ClassifierReading(shared.tokenizer, spec.template, self._where)
+        undeclared = "template" not in spec.model_fields_set and bool(shared.tokenizer.chat_template)
+        self._reading = ClassifierReading(shared.tokenizer, None if undeclared else spec.template, self._where)
         old = _READ_LAST if shared.reads_last else _READ_ANEW if self._reading.is_new(shared.pad) else ""
-        self.fingerprint = shared.fingerprint + old
+        self.fingerprint = shared.fingerprint + old + (_READ_CHATS if undeclared else "")
         limits = [spec.max_tokens or shared.positions, shared.longest]
         self.limit = min((limit for limit in limits if limit), default=None)
         self._terms = [(self._class(one, shared), weight) for one, weight in self._format(shared)]

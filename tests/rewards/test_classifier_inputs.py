@@ -225,6 +225,30 @@ def test_a_model_whose_padding_leaks_reads_every_text_by_itself(tmp_path):
     assert scores(tmp_path) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_without_a_template_chats_are_read_as_trl_reads_them(tmp_path):
+    """TRL trains reward models on chats in their chat template; GRPO and RLOO score them so."""
+    make_classifier("phi", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompts = [[asked("why")], "why is it good", [SYSTEM, *BEFORE, asked("who")]]
+    texts = [
+        text + response
+        if isinstance(text, str)
+        else tokenizer.apply_chat_template([*text, {"role": "assistant", "content": response}], tokenize=False)
+        for text, response in zip(prompts, RESPONSES, strict=True)
+    ]
+    chats = [not isinstance(prompt, str) for prompt in prompts]
+    rows = zip(texts, chats, strict=True)
+    wanted = alone(
+        tmp_path, [tokenizer(text, add_special_tokens=not chat, return_tensors="pt") for text, chat in rows]
+    )
+    reward = load_reward("r", RewardSpec(model=str(tmp_path)), device="cpu")
+    assert reward.score(prompts, RESPONSES) == pytest.approx(wanted, abs=1e-5)
+    assert reward.check(prompts) == "reward `r` reads chats in its own chat template"
+    assert "`template: chat` would make them turns" in reward.check(["why"])
+    (declared,) = scores(tmp_path, prompts[:1], RESPONSES[:1], template="{prompt}{response}")
+    assert abs(declared - wanted[0]) > 1e-3
+
+
 def test_a_chat_is_read_whole_or_refused(tmp_path):
     make_classifier("phi", tmp_path)
     called = [
