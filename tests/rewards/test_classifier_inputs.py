@@ -238,9 +238,7 @@ def test_without_a_template_chats_are_read_as_trl_reads_them(tmp_path):
     ]
     chats = [not isinstance(prompt, str) for prompt in prompts]
     rows = zip(texts, chats, strict=True)
-    wanted = alone(
-        tmp_path, [tokenizer(text, add_special_tokens=not chat, return_tensors="pt") for text, chat in rows]
-    )
+    wanted = alone(tmp_path, [tokenizer(text, add_special_tokens=not chat, return_tensors="pt") for text, chat in rows])
     reward = load_reward("r", RewardSpec(model=str(tmp_path)), device="cpu")
     assert reward.score(prompts, RESPONSES) == pytest.approx(wanted, abs=1e-5)
     assert reward.check(prompts) == "reward `r` reads chats in its own chat template"
