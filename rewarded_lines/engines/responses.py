@@ -17,8 +17,13 @@ from rewarded_lines.errors import fail
 _THINK = "<think>"
 
 
-def thoughts_told(tokenizer: Any, prompts: Sequence[Prompt], spec: GenerationSpec) -> str:
-    """Return a sentence if rewards will read thoughts: the chat template begins answers with them; else ""."""
+def prompts_told(tokenizer: Any, prompts: Sequence[Prompt], spec: GenerationSpec) -> str:
+    """Return what a user may not expect of the prompts, or "".
+
+    Texts are not turns, although the model has a chat template. Or rewards read thoughts, with which it begins answers.
+    """
+    if tokenizer.chat_template and all(isinstance(prompt, str) for prompt in prompts):
+        return "the model reads texts without its chat template; `chat: true` makes turns of them"
     chats = [prompt for prompt in prompts[:1] if isinstance(prompt, list)]
     if spec.strip or not any(tokenizer.decode(ids).rstrip().endswith(_THINK) for ids in encode(tokenizer, chats)):
         return ""

@@ -25,7 +25,7 @@ from rewarded_lines.data.rows import Row, read_rows, rows_hash
 from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load_engine import check_engine, check_settings, is_url, load_generator
-from rewarded_lines.engines.responses import ResponseReader, thoughts_told
+from rewarded_lines.engines.responses import ResponseReader, prompts_told
 from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
 from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device, choose_kernels
 from rewarded_lines.errors import UserError, fail
@@ -168,7 +168,7 @@ class Setup:
         ResponseReader.of(tokenizer, (), self.generation)
         if chats := [prompt for prompt in prompts if isinstance(prompt, list)]:
             check_template(tokenizer, chats, where)
-        self.told.extend(filter(None, [thoughts_told(tokenizer, prompts, self.generation)]))
+        self.told.extend(filter(None, [prompts_told(tokenizer, prompts, self.generation)]))
         check_columns(self.rewards.values(), {where: rows})
         self.told.extend(note for reward in self.rewards.values() if (note := reward.check(prompts)))
         longest = self.generation.max_tokens

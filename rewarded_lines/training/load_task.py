@@ -15,7 +15,7 @@ from rewarded_lines.data.dataset_formats import read_pairs, read_prompts
 from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row, rows_hash
-from rewarded_lines.engines.responses import ResponseReader, thoughts_told
+from rewarded_lines.engines.responses import ResponseReader, prompts_told
 from rewarded_lines.engines.tokenizers import end_tokens, load_generation_config, set_template
 from rewarded_lines.errors import fail
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
@@ -218,4 +218,4 @@ def _check_readable(task: PolicyTask) -> None:
         whole = [row["prompt"] + row[side] for row in task.rows for side in ("chosen", "rejected") if side in row]
         check_template(task.tokenizer, [*whole, *prompts], "training and validation rows")
     notes = [one.check(prompts) for one in task.reward.rewards.values()]
-    say(*filter(None, [thoughts_told(task.tokenizer, task.prompts, task.generation), *notes]))
+    say(*filter(None, [prompts_told(task.tokenizer, task.prompts, task.generation), *notes]))

@@ -17,7 +17,7 @@ from transformers import (
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.prompts import encode
 from rewarded_lines.engines.load_engine import load_generator
-from rewarded_lines.engines.responses import ResponseReader, thoughts_told
+from rewarded_lines.engines.responses import ResponseReader, prompts_told
 from rewarded_lines.engines.tokenizers import end_tokens, load_generation_config
 from rewarded_lines.engines.transformers_sampling import SeededSampling
 from rewarded_lines.errors import UserError
@@ -101,14 +101,20 @@ def test_thinking_that_the_prompt_begins_is_stripped_too():
         ("<think>\n", [ASKED], None, True),
         ("<think>\n\n</think>\n\n", [ASKED], None, False),
         ("<think>\n", [ASKED], "<think>…</think>", False),
-        ("<think>\n", ["why <think>"], None, False),
     ],
 )
 def test_a_template_that_begins_answers_with_thoughts_is_told(begins, prompt, strip, told):
     tokenizer = make_tokenizer("qwen3")
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '" + begins.replace("\n", "\\n") + "' }}{% endif %}"
-    sentence = thoughts_told(tokenizer, prompt, GenerationSpec(strip=strip))
+    sentence = prompts_told(tokenizer, prompt, GenerationSpec(strip=strip))
     assert bool(sentence) == told and ('strip: "<think>…</think>"' in sentence) == told
+
+
+def test_texts_beside_a_chat_template_are_told():
+    tokenizer = make_tokenizer("qwen3")
+    assert "`chat: true` makes turns" in prompts_told(tokenizer, ["why <think>"], GenerationSpec())
+    tokenizer.chat_template = None
+    assert prompts_told(tokenizer, ["why <think>"], GenerationSpec()) == ""
 
 
 def test_markers_that_texts_never_hold_are_refused():
