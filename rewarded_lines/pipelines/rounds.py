@@ -22,10 +22,9 @@ from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.preferences import Weights
 from rewarded_lines.merger.schedule_forms import FORMS, read_schedule
 from rewarded_lines.options import takes_fields
-from rewarded_lines.pipelines.recipe_jobs import RecipeJobs, Watch
+from rewarded_lines.pipelines.recipe_jobs import FinishedParts, Part, RecipeJobs, Watch
 from rewarded_lines.pipelines.round_options import DECIDED, RoundOptions
 from rewarded_lines.pipelines.round_plan import RoundPlan, program
-from rewarded_lines.pipelines.stage_parts import FinishedParts, Part
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
 
