@@ -29,6 +29,7 @@ from rewarded_lines.projects import read_yaml, unknown_key
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0
 _PATIENCE_SECONDS = 24 * 3600
+_BATCH = "write `per_device_train_batch_size`, or `effective_batch_size` for all processes"
 # Keys of earlier versions of TRL and transformers, and what to write now.
 _EARLIER = {
     "torch_dtype": "write `dtype`",
@@ -43,6 +44,13 @@ _EARLIER = {
     "reward_funcs": "declare rewards in the project, and name them with `reward` or `rewards`",
     "rloo_k": "write `num_generations`",
     "kl_coef": "write `beta`",
+    "sft_model_path": "name the SFT model as base of the project, or write `model_name_or_path`",
+    "reward_model_path": "declare the reward model in the project, and name it with `reward`",
+    "model_adapter_name": "leave it out: the policy has one adapter",
+    "ref_adapter_name": "leave it out: the reference is the SFT model, without an adapter",
+    "num_total_batches": "write `max_steps`, or for PPO `total_episodes`",
+    **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _BATCH),
+    **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), "leave it out: it follows from the batch"),
 }
 # The variable in which `accelerate launch` passes the precision of its own configuration on.
 _PRECISION = "ACCELERATE_MIXED_PRECISION"

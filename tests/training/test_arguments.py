@@ -11,6 +11,7 @@ from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.training import arguments
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
+from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 
 
@@ -373,7 +374,7 @@ def test_earlier_keys_have_a_remedy_that_parses(tmp_path, key):
     with pytest.raises(UserError) as caught:
         parse_recipe(kinds, [*words, f"--{key}", "1"])
     (problem,) = caught.value.problems
-    fields = {field.name for kind in (*kinds, DPOConfig) for field in dataclasses.fields(kind)}
+    fields = {field.name for kind in (*kinds, DPOConfig, PPOConfig) for field in dataclasses.fields(kind)}
     assert problem.remedy == arguments._EARLIER[key] and key not in fields
     assert {name.partition(":")[0] for name in re.findall(r"`([^`]+)`", problem.remedy)} <= fields
 
