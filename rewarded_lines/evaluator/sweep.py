@@ -1,4 +1,4 @@
-"""The verbs `sweep`, which measures every λ of every method beside the SFT model, and `score`, which measures one model."""
+"""The verbs `sweep`, which measures every λ of every method beside SFT, and `score`, which measures one model."""
 
 from __future__ import annotations
 

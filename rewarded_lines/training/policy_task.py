@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 from trl import ModelConfig
 
@@ -23,11 +24,18 @@ from rewarded_lines.rewards.load_rewards import reward_limits
 from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.gains import check_scored, describe, paired_gain, summary
 from rewarded_lines.training.generation_config import keep_generation_config, plain_generation
-from rewarded_lines.training.load_models import load_policy, load_tokenizer, save_tokenizer
+from rewarded_lines.training.load_models import (
+    load_policy,
+    load_tokenizer,
+    lora_config,
+    reference_loading,
+    save_tokenizer,
+)
+from rewarded_lines.training.online_trainer import packed
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.register_model import register
 from rewarded_lines.training.sampling import Scores, sample
-from rewarded_lines.training.training_reward import WeightedReward, tell_all_equal
+from rewarded_lines.training.training_reward import RewardFunctions, WeightedReward, tell_all_equal
 from rewarded_lines.training.training_run import TrainingRun, from_main, say
 
 
@@ -106,6 +114,41 @@ class PolicyTask:
         kept = ("stop", "chat_template", "chat_template_kwargs", "strip")
         project = {name: getattr(self.generation, name) for name in kept}
         return GenerationSpec(**{**project, "stop_token_ids": tuple(sorted(self.reader.ends)), **settings})
+
+    def trainer_spec(self, training: Any, longest: int, dtype: str) -> GenerationSpec:
+        """Return the settings with which an online trainer samples, for measuring: at most `longest` tokens."""
+        return self.spec(
+            temperature=training.temperature,
+            top_p=training.top_p,
+            top_k=training.top_k or 0,
+            min_p=training.min_p or 0.0,
+            repetition_penalty=training.repetition_penalty,
+            max_tokens=longest,
+            seed=training.seed,
+            dtype=dtype,
+        )
+
+    def trainer_parts(self, training: Any, model_options: ModelConfig, penalty: float | None) -> dict[str, Any]:
+        """Return what an online trainer takes of the task, with `training`, which gets the weights of the rewards.
+
+        `penalty` is what a response pays that does not end.
+        """
+        rewarded = RewardFunctions(self.reward, self.reader, self.rows, penalty)
+        training.reward_weights = rewarded.weights
+        # TRL loads the reference model itself, with these arguments.
+        training.model_init_kwargs = reference_loading(model_options)
+        # The tokenizer's template already contains the project's variables.
+        training.chat_template_kwargs = None
+        prompts = {"prompt": list(map(packed, self.train_prompts)), "row": range(len(self.rows))}
+        return {
+            "args": training,
+            "reader": self.reader,
+            "chats": self.chats,
+            "reward_funcs": rewarded.functions,
+            "train_dataset": Dataset.from_dict(prompts),
+            "processing_class": self.tokenizer,
+            "peft_config": lora_config(model_options),
+        }
 
     def load_policy(self, model_options: ModelConfig) -> PreTrainedModel:
         """Return the SFT model to be trained, without sampling settings of its own."""
