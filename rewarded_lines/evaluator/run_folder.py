@@ -114,29 +114,23 @@ class RunFolder:
         return StoredPoints(self.folder, list(keys.items()))
 
     @cached_property
-    def _listed(self) -> list[PointSpec]:
+    def listed(self) -> list[PointSpec]:
+        """The points in `run.json` that the project still defines this way."""
         return [spec for spec, _ in listed_points(self.before) if self.setup.methods.declares(spec)]
 
     @cached_property
-    def _added(self) -> list[PointSpec]:
+    def added(self) -> list[PointSpec]:
+        """The points that searches added and the project still defines this way."""
         specs = map(PointSpec.from_dict, self.before.get("added", []))
         return [spec for spec in specs if self.setup.methods.declares(spec)]
 
-    def listed(self) -> list[PointSpec]:
-        """Return the points in `run.json` that the project still defines this way."""
-        return list(self._listed)
-
-    def added(self) -> list[PointSpec]:
-        """Return the points that searches added and the project still defines this way."""
-        return list(self._added)
-
     def add(self, specs: Sequence[PointSpec]) -> None:
         """Add points of a search to `run.json`."""
-        if new := [spec for spec in specs if spec not in self._listed]:
+        if new := [spec for spec in specs if spec not in self.listed]:
             # Kept here: reading all of them for each new one would take as long as the square of their number.
-            self._listed += new
-            self._added += new
-            self.write(self._listed, self._added, self.before.get("tuned"))
+            self.listed += new
+            self.added += new
+            self.write(self.listed, self.added, self.before.get("tuned"))
 
     def write(self, specs: Specs, added: Specs, tuned: Tuned = None, **account: Any) -> None:
         """Write `run.json`; `account` describes the work once all of it is done."""

@@ -114,13 +114,12 @@ def search(
     chosen = _chosen(setup, methods, folder)
     with open_run(folder, setup, progress=progress) as held:
         check_design(held)
-        listed = held.listed()
-        there = {name: sum(spec.method == name for spec in listed) for name in chosen}
+        there = {name: sum(spec.method == name for spec in held.listed) for name in chosen}
         _check_room(setup, [name for name in chosen if not there[name]], points)
-        held.expect(len({PointSpec(SFT), *listed}) + sum(max(0, points - one) for one in there.values()))
+        held.expect(len({PointSpec(SFT), *held.listed}) + sum(max(0, points - one) for one in there.values()))
         with open_evaluator(setup, folder, progress=progress) as make:
             found = [_search_one(held, make, name, points, gain) for name in chosen]
-            held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
+            held.finish(make, held.listed, held.added, held.before.get("tuned"))
     return stored_run(folder), found
 
 
@@ -187,7 +186,7 @@ def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
 def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, gain: float) -> Found:
     setup, rewards = run.setup, run.setup.objectives
     (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
-    start = [spec for spec in run.listed() if spec.method == name]
+    start = [spec for spec in run.listed if spec.method == name]
     first = [] if start else setup.methods.grid(name, setup.methods.design.first)
     places, means = _measured(run, start or first, evaluator)
     run.add(first)

@@ -69,7 +69,7 @@ def sweep(
         check_design(run)
         for fact in _plan(setup, specs, spec, count):
             progress.tell(fact)
-        added = [one for one in run.added() if one.method in setup.methods.specs]
+        added = [one for one in run.added if one.method in setup.methods.specs]
         run.expect(len({*specs, *added}) + (most_points(setup, spec, count) if spec else 0))
         run.write([*specs, *added], added)
         also = [row["prompt"] for row in validation]

@@ -133,11 +133,11 @@ def test_adding_points_reads_the_run_once(make_run, monkeypatch):
     folder = make_run(points=3, prompts=4)
     setup = SimpleNamespace(methods=SimpleNamespace(declares=lambda spec: spec.method != "lines"))
     run = RunFolder(folder, setup)
-    assert [one.method for one in run.listed()] == ["sft", "soup", "soup", "soup"] and run.added() == []
+    assert [one.method for one in run.listed] == ["sft", "soup", "soup", "soup"] and run.added == []
     more = [PointSpec("soup", MergeSpec((share, 1 - share), 1.0, 0.0)) for share in (0.1, 0.2)]
     for one in more:
         run.add([one])
     # One that is there is not added again.
     run.add(more)
-    assert written == [(5, 1), (6, 2)] and run.listed()[4:] == run.added() == more
+    assert written == [(5, 1), (6, 2)] and run.listed[4:] == run.added == more
     assert len(reads) == 1
