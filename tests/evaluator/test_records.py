@@ -88,13 +88,14 @@ def test_a_run_folder_in_use_keeps_no_points(make_run, tmp_path, monkeypatch):
                 yield key, kept(replace(points[int(key, 16)]))
 
     first = RunFolder(tmp_path, setup)
-    found = first.fill(setup, list(keys), Maker())
+    first.evaluator = Maker()
+    found = first.fill(setup, list(keys))
     gc.collect()
     assert len(made) == len(points) and not any(one() for one in made)
     whole = run_folder.whole_point
     monkeypatch.setattr(run_folder, "whole_point", lambda path: (point := whole(path)) and kept(point))
     second = RunFolder(tmp_path, setup)
-    again = second.fill(setup, list(keys), None)
+    again = second.fill(setup, list(keys))
     gc.collect()
     assert len(made) == 2 * len(points) and not any(one() for one in made)
     # They are read when they are asked for.
