@@ -105,12 +105,7 @@ def main(argv: Sequence[str]) -> None:
                 callbacks=[MetricsCallback(run.folder)],
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-        task.save(trainer.save_model, run, training)
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        run.finish(
-            lambda: {**metrics, **task.measure_gain(spec, policy, run.folder), "pairs": len(pairs)},
-            lambda: task.add_to_project(run),
-        )
+        task.finish(trainer, run, spec, **metrics, pairs=len(pairs))
 
 
 def sampled_pairs(

@@ -77,12 +77,7 @@ def main(argv: Sequence[str]) -> None:
         trainer.train(resume_from_checkpoint=run.checkpoint)
         if trainer.unscored:
             say(f"{trainer.unscored} of {trainer.responses} training responses had no score; their advantage is 0")
-        task.save(trainer.save_model, run, training)
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        run.finish(
-            lambda: task.measure_gain(spec, policy, run.folder),
-            lambda: task.add_to_project(run),
-        )
+        task.finish(trainer, run, spec)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from rewarded_lines.checkpoints.hashing import weights_hash
@@ -157,11 +157,20 @@ class PolicyTask:
         self._restore = plain_generation(model, self.reader.ends, self.tokenizer.eos_token_id if pad is None else pad)
         return model
 
-    def save(self, save_model: Callable[[str], Any], run: TrainingRun, training: TrainingArguments) -> None:
-        """Save the trained policy with the base's own tokenizer and generation config."""
+    def finish(self, trainer: Any, run: TrainingRun, spec: GenerationSpec, **metrics: Any) -> None:
+        """Save the trained policy, measure its gain over the SFT model, and add it to the project."""
+        self._save(trainer, run)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        run.finish(
+            lambda: {**metrics, **self._gain(spec, policy, run.folder)},
+            lambda: self.add_to_project(run),
+        )
+
+    def _save(self, trainer: Any, run: TrainingRun) -> None:
+        """Save the policy with the base's own tokenizer and generation config."""
         run.keep()
         self._restore()
-        save_model(str(run.folder))
+        trainer.save_model(str(run.folder))
         from_main(lambda: save_tokenizer(load_tokenizer(self.base), run.folder))
         from_main(lambda: keep_generation_config(self.base, run.folder))
         run.saved(
@@ -170,7 +179,7 @@ class PolicyTask:
             reward=self.reward.name,
             weights=self.reward.weights,
             standardized={name: {"mean": m, "deviation": s} for name, (m, s) in self.reward.scales.items()},
-            seed=training.seed,
+            seed=trainer.args.seed,
             prompts="chats" if self.chats else "texts",
             end_tokens=sorted(self.reader.ends),
         )
@@ -193,7 +202,7 @@ class PolicyTask:
         else:
             say(*tell_all_equal(self.before))
 
-    def measure_gain(self, spec: GenerationSpec, model: Any, folder: Path) -> dict[str, Any]:
+    def _gain(self, spec: GenerationSpec, model: Any, folder: Path) -> dict[str, Any]:
         """Return and print the policy's gain over the SFT model, by reward and for the weighted sum."""
         after = from_main(lambda: self.measure(spec, model, str(folder)))
         found: dict[str, dict[str, Any]] = {
