@@ -13,10 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -24,34 +23,18 @@ from trl import SFTConfig
 
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.processes import die_with_parent, termination_as_exit
-from rewarded_lines.projects import read_yaml, unknown_key
+from rewarded_lines.projects import read_yaml
+from rewarded_lines.training.other_keys import unknown_recipe_key
 
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0
 _PATIENCE_SECONDS = 24 * 3600
-_BATCH = "write `per_device_train_batch_size`, or `effective_batch_size` for all processes"
-# Keys of earlier versions of TRL and transformers, and what to write now.
-_EARLIER = {
-    "torch_dtype": "write `dtype`",
-    "warmup_ratio": "write `warmup_steps`: a number below 1 is the share of all steps",
-    "max_prompt_length": "leave it out; `too_long: truncate` shortens prompts that do not fit",
-    "rpo_alpha": "write `loss_type: [sigmoid, sft]` and `loss_weights: [1.0, ALPHA]`",
-    "group_by_length": "write `train_sampling_strategy: group_by_length`",
-    "no_cuda": "write `use_cpu: true`",
-    "overwrite_output_dir": "write `overwrite: true`",
-    "logging_dir": "leave it out, or set the variable TENSORBOARD_LOGGING_DIR",
-    "save_safetensors": "leave it out: weights are always saved as safetensors",
-    "reward_funcs": "declare rewards in the project, and name them with `reward` or `rewards`",
-    "rloo_k": "write `num_generations`",
-    "kl_coef": "write `beta`",
-    "sft_model_path": "name the SFT model as base of the project, or write `model_name_or_path`",
-    "reward_model_path": "declare the reward model in the project, and name it with `reward`",
-    "model_adapter_name": "leave it out: the policy has one adapter",
-    "ref_adapter_name": "leave it out: the reference is the SFT model, without an adapter",
-    "num_total_batches": "write `max_steps`, or for PPO `total_episodes`",
-    **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _BATCH),
-    **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), "leave it out: it follows from the batch"),
-}
+# transformers and TRL annotate these as text, but take true and false as well.
+_TRUE_OR_TEXT = ("fsdp", "scale_rewards")
+_ROUND = (
+    "that batch is `per_device_train_batch_size` × `steps_per_generation`, by default `gradient_accumulation_steps`, "
+    "× the number of processes: change one of these, or `num_generations`"
+)
 # The variable in which `accelerate launch` passes the precision of its own configuration on.
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -90,9 +73,14 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
         if action.dest in refused:
             action.help = argparse.SUPPRESS
     parser.add_argument("--config", metavar="FILE.yaml", help="the keys below, in a file; options override it")
+    lists = _widen(parser, dataclass_types)
     fields = [[field.name for field in dataclasses.fields(cls) if field.init] for cls in dataclass_types]
     known = [name for names in fields for name in names]
     content, options = _sources(argv, known)
+    takes = {action.dest: action.nargs for action in parser._actions}
+    for key, value in content.items():
+        if isinstance(value, list) and len(value) != 1 and takes[key] not in ("*", "+"):
+            raise fail("this key takes one value", where=key, got=", ".join(map(str, value)) or "none")
     content |= {_key_of(name, known): None for name, value in options if value == ["null"]}
     given = frozenset([*map(str, content), *(_key_of(name, known) for name, _ in options)])
     # YAML reads the choice `no` as false.
@@ -104,6 +92,9 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
     values, rest = parser.parse_known_args(words)
     if rest:
         raise fail("values that belong to no key", where=WHERE, got=" ".join(rest))
+    for key in lists:
+        if isinstance(value := getattr(values, key), list) and len(value) == 1:
+            setattr(values, key, value[0])
     _follow_machine(values, given)
     _set_accumulation(values, given)
     try:
@@ -112,7 +103,8 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
             for cls, names in zip(dataclass_types, fields, strict=True)
         ]
     except (ValueError, TypeError) as error:
-        raise fail(str(error), where=WHERE) from error
+        remedy = _ROUND if "divisible by num_generations" in str(error) else ""
+        raise fail(str(error), where=WHERE, remedy=remedy) from error
     arguments = Arguments(made)
     arguments.given = given
     _check_trackers(arguments)
@@ -176,17 +168,28 @@ def _sources(argv: Sequence[str], known: list[str]) -> tuple[dict[str, Any], lis
     content, problems = {}, []
     for (file,) in files:
         content = read_yaml(Path(file))
-        problems = [_unknown(str(key), known, file) for key in content if key not in known]
+        problems = [unknown_recipe_key(str(key), known, file) for key in content if key not in known]
     keys = [_key_of(name, known) for name, _ in options]
-    problems += [_unknown(key, known, "command line") for key in keys if key not in [*known, "help"]]
+    problems += [unknown_recipe_key(key, known, "command line") for key in keys if key not in [*known, "help"]]
     if problems:
         raise UserError(problems)
     return content, options
 
 
-def _unknown(key: str, known: list[str], where: str) -> Problem:
-    problem = unknown_key(key, known, where)
-    return replace(problem, remedy=_EARLIER.get(key, problem.remedy))
+def _widen(parser: argparse.ArgumentParser, dataclass_types: Sequence[type]) -> list[str]:
+    """Let keys take all that their class does: HfArgumentParser knows one type for each. Return the keys of lists."""
+    hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+    lists = [name for name, hint in hints.items() if {str, list} <= {get_origin(one) or one for one in get_args(hint)}]
+    for action in parser._actions:
+        if action.dest in _TRUE_OR_TEXT:
+            action.type = _true_or_text
+        if action.dest in lists:
+            action.nargs = "*"
+    return lists
+
+
+def _true_or_text(word: str) -> bool | str:
+    return {"true": True, "false": False}.get(word.lower(), word)
 
 
 def _key_of(name: str, known: list[str]) -> str:
@@ -262,12 +265,14 @@ def _check_trainer(arguments: Arguments) -> None:
             faults.append(("recipes upload nothing", "push_to_hub", remedy))
         # Only SFT has a loss on validation rows.
         sft = isinstance(training, SFTConfig)
-        if training.eval_strategy != "no" and not (sft and {"validation_file", "dataset_name"} & arguments.given):
+        rows = sft and {"validation_file", "dataset_name"} & arguments.given
+        evaluates = {"eval_strategy": training.eval_strategy != "no", "eval_on_start": training.eval_on_start}
+        for key in (key for key, wanted in evaluates.items() if wanted and not rows):
             remedy = "name a `validation_file`" if sft else "leave it out: policies are measured after the training"
-            faults.append(("no rows to evaluate on while training", "eval_strategy", remedy))
-    if "model_init_kwargs" in arguments.given:
-        remedy = "write `dtype`, `attn_implementation` and the like"
-        faults.append(("without effect: the recipe loads the model", "model_init_kwargs", remedy))
+            faults.append(("no rows to evaluate on while training", key, remedy))
+        if getattr(training, "model_init_kwargs", None) is not None:
+            remedy = "write `dtype`, `attn_implementation` and the like"
+            faults.append(("without effect: the recipe loads the model", "model_init_kwargs", remedy))
     if faults:
         raise UserError(Problem(what, where=where, remedy=remedy) for what, where, remedy in faults)
 

@@ -6,13 +6,16 @@ import re
 from dataclasses import dataclass, field
 
 import pytest
-from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
+import yaml
+from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig, TrlParser
 
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.training import arguments
+from rewarded_lines.training import arguments, other_keys
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
+
+TRAINERS = (SFTConfig, RewardConfig, DPOConfig, RLOOConfig, GRPOConfig, PPOConfig)
 
 
 @dataclass
@@ -368,16 +371,52 @@ def test_sft_evaluates_while_it_trains_where_there_are_rows(tmp_path):
     assert parse_recipe((DataOptions, SFTConfig), words)[1].eval_strategy == "epoch"
 
 
-@pytest.mark.parametrize("key", sorted(arguments._EARLIER))
-def test_earlier_keys_have_a_remedy_that_parses(tmp_path, key):
-    kinds, words = (DataOptions, RunOptions, RewardOptions, ModelConfig, GRPOConfig), ["--output_dir", str(tmp_path)]
-    with pytest.raises(UserError) as caught:
-        parse_recipe(kinds, [*words, f"--{key}", "1"])
-    (problem,) = caught.value.problems
-    fields = {field.name for kind in (*kinds, DPOConfig) for field in dataclasses.fields(kind)}
-    assert problem.remedy == arguments._EARLIER[key] and key not in fields
-    fields |= {field.name for field in dataclasses.fields(PPOConfig)}
-    assert {name.partition(":")[0] for name in re.findall(r"`([^`]+)`", problem.remedy)} <= fields
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"report_to": ["tensorboard", "none"]}, {"report_to": ["tensorboard", "none"]}),
+        ({"report_to": []}, {"report_to": []}),
+        ({"report_to": ["none"]}, {"report_to": []}),
+        ({"optim_target_modules": ["q", "k"]}, {"optim_target_modules": ["q", "k"]}),
+        ({"optim_target_modules": "all-linear"}, {"optim_target_modules": "all-linear"}),
+        ({"scale_rewards": False}, {"scale_rewards": "none"}),
+        ({"scale_rewards": "batch"}, {"scale_rewards": "batch"}),
+        ({"fsdp": False, "model_init_kwargs": None}, {"fsdp": False, "model_init_kwargs": None}),
+    ],
+)
+def test_a_key_takes_every_form_that_its_trainer_takes(tmp_path, given, expected):
+    """Lists and true or false where HfArgumentParser knows text; as TRL's own parser passes them on."""
+    given = {"output_dir": str(tmp_path), **given}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(given))
+    (ours,) = parse_recipe((GRPOConfig,), ["--config", str(tmp_path / "c.yaml")])
+    (theirs,) = TrlParser((GRPOConfig,)).parse_args_and_config(["--config", str(tmp_path / "c.yaml")])
+    for key, value in expected.items():
+        assert getattr(ours, key) == getattr(theirs, key) == value
+
+
+def test_several_values_of_a_key_that_takes_one_are_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("train_file: [a.jsonl, b.jsonl]\n")
+    with pytest.raises(UserError, match="train_file: this key takes one value(.|\n)*a.jsonl, b.jsonl"):
+        parse_recipe((DataOptions,), ["--config", str(tmp_path / "c.yaml")])
+
+
+OWN = (DataOptions, RunOptions, RewardOptions, ModelConfig)
+KEYS = {one: {field.name for kind in (*OWN, one) for field in dataclasses.fields(kind)} for one in TRAINERS}
+
+
+@pytest.mark.parametrize("key", sorted({**other_keys._REMEDIES, **other_keys._NAMES}))
+def test_a_key_of_another_tool_is_told_with_one_that_the_recipe_has(key):
+    told = {one: other_keys.unknown_recipe_key(key, known, "c.yaml").remedy for one, known in KEYS.items()}
+    unknown = {one: remedy for one, remedy in told.items() if key not in KEYS[one]}
+    assert unknown and not any("did you mean" in remedy for remedy in unknown.values())
+    written = {one: set(re.findall(r"`([a-z_0-9]+)[`:]", remedy)) for one, remedy in unknown.items()}
+    for one, names in written.items():
+        assert names <= (KEYS[one] if key in other_keys._NAMES else set().union(*KEYS.values()))
+
+
+def test_a_key_that_is_only_a_little_like_another_is_not_taken_for_it():
+    assert "--help" in other_keys.unknown_recipe_key("vocab_files", KEYS[GRPOConfig], "c.yaml").remedy
+    assert "`learning_rate`" in other_keys.unknown_recipe_key("learnig_rate", KEYS[GRPOConfig], "c.yaml").remedy
 
 
 def test_other_errors_are_not_caught(monkeypatch):

@@ -1,0 +1,89 @@
+"""Keys of earlier versions and of other tools, and what to write here.
+
+They come from configs of TRL, transformers, the alignment handbook, Open R1, LLaMA-Factory and Axolotl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from rewarded_lines.errors import Problem
+from rewarded_lines.projects import unknown_key
+
+_LENGTH = ("max_length", "max_prompt_tokens")
+_RESPONSE = ("max_completion_length", "response_length", "max_response_tokens")
+_BATCH = "write `per_device_train_batch_size`, or `effective_batch_size` for all processes"
+_ATTENTION = "write `attn_implementation: flash_attention_2`"
+_DATA = "write `train_file`, a folder or a pattern for several files, or `dataset_name`"
+_TEMPLATE = "put it into a file, named under generation in the project, or as `chat_template_path` (SFT, reward)"
+_VARIABLE = "leave it out, and set an environment variable of that name in capitals"
+_NONE = "leave it out: this recipe has no such setting"
+# What a key is called here: the first of several names that the recipe has.
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "torch_dtype": ("dtype",),
+    "evaluation_strategy": ("eval_strategy",),
+    "rloo_k": ("num_generations",),
+    "kl_coef": ("beta",),
+    "cliprange": ("epsilon",),
+    "num_ppo_epochs": ("num_iterations",),
+    "num_mini_batches": ("steps_per_generation",),
+    "total_episodes": ("max_steps",),
+    "num_total_batches": ("total_episodes", "max_steps"),
+    **dict.fromkeys(("max_seq_length", "cutoff_len", "sequence_len"), _LENGTH),
+    **dict.fromkeys(("response_length", "max_new_tokens", "max_completion_length"), _RESPONSE),
+    **dict.fromkeys(("use_liger", "use_liger_loss"), ("use_liger_kernel",)),
+    "base_model": ("model_name_or_path",),
+    "lora_rank": ("lora_r",),
+    "lora_target": ("lora_target_modules",),
+    "num_epochs": ("num_train_epochs",),
+    "optimizer": ("optim",),
+    "lr_scheduler": ("lr_scheduler_type",),
+    "sample_packing": ("packing",),
+    "max_samples": ("train_limit",),
+    "pref_beta": ("beta",),
+    "pref_loss": ("loss_type",),
+    "preprocessing_num_workers": ("dataset_num_proc",),
+}
+_REMEDIES: Mapping[str, str] = {
+    "warmup_ratio": "write `warmup_steps`: a number below 1 is the share of all steps",
+    "max_prompt_length": "leave it out; `too_long: truncate` shortens prompts that do not fit",
+    "rpo_alpha": "write `loss_type: [sigmoid, sft]` and `loss_weights: [1.0, ALPHA]`",
+    "group_by_length": "write `train_sampling_strategy: group_by_length`",
+    "no_cuda": "write `use_cpu: true`",
+    "overwrite_output_dir": "write `overwrite: true`",
+    "logging_dir": "leave it out, or set the variable TENSORBOARD_LOGGING_DIR",
+    "save_safetensors": "leave it out: weights are always saved as safetensors",
+    "reward_funcs": "declare rewards in the project, and name them with `reward` or `rewards`",
+    "sft_model_path": "name the SFT model as base of the project, or write `model_name_or_path`",
+    "model_adapter_name": "leave it out: the policy has one adapter",
+    "ref_adapter_name": "leave it out: the reference is the SFT model, without an adapter",
+    "hub_model_revision": "leave it out: recipes upload nothing",
+    "finetuning_type": "write `use_peft: true` for LoRA; without it the whole model is trained",
+    "adapter": "write `use_peft: true` for LoRA, with `load_in_4bit: true` for QLoRA",
+    "quantization_bit": "write `load_in_4bit: true` or `load_in_8bit: true`",
+    "dataset_prompt_column": "write `columns: {prompt: COLUMN}`",
+    "dataset_text_field": "write `columns: {text: COLUMN}`",
+    "dataset_splits": "write `dataset_train_split` and `dataset_test_split`",
+    "train_on_inputs": "write `completion_only_loss: false`",
+    "env": "leave it out, and set the variables before `accelerate launch`",
+    **dict.fromkeys(("val_size", "val_set_size"), "name validation rows with `validation_file`"),
+    **dict.fromkeys(("ref_model", "ref_model_name_or_path"), "leave it out: the reference is the SFT model"),
+    **dict.fromkeys(
+        ("reward_model", "reward_model_path", "reward_model_name_or_path"),
+        "declare the reward model in the project, and name it with `reward`",
+    ),
+    **dict.fromkeys(("batch_size", "local_batch_size", "micro_batch_size"), _BATCH),
+    **dict.fromkeys(("mini_batch_size", "local_mini_batch_size"), "leave it out: it follows from the batch"),
+    **dict.fromkeys(("use_flash_attention_2", "flash_attention", "flash_attn"), _ATTENTION),
+    **dict.fromkeys(("dataset", "datasets", "dataset_mixer", "dataset_mixture"), _DATA),
+    **dict.fromkeys(("chat_template", "template"), _TEMPLATE),
+    **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_run_group"), _VARIABLE),
+}
+
+
+def unknown_recipe_key(key: str, known: Collection[str], where: str) -> Problem:
+    """Return the problem of a key that a recipe lacks, with the key to write, of those that are `known`."""
+    own = [name for name in _NAMES.get(key, ()) if name in known]
+    remedy = f"write `{own[0]}`" if own else _NONE if key in _NAMES else _REMEDIES.get(key, "")
+    problem = unknown_key(key, list(known), where)
+    return Problem(problem.what, where, problem.expected, remedy=remedy or problem.remedy)
