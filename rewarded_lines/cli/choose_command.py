@@ -10,7 +10,7 @@ from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_methods, run_minima, run_rewards
-from rewarded_lines.options import parse_numbers
+from rewarded_lines.options import parse_numbers, split_named
 
 if TYPE_CHECKING:
     from rewarded_lines.evaluator.choose import Chosen
@@ -63,7 +63,11 @@ def choose(
     rewarded-lines choose RUN --knee --method lines
     """
     minima = parse_numbers("--at-least", at_least or ())
-    weighed = parse_numbers("--weights", ",".join(weights).split(",")) if weights else None
+    weighed = None
+    if weights:
+        from rewarded_lines.evaluator.records import read_header
+
+        weighed = parse_numbers("--weights", split_named(",".join(weights), read_header(run)["rewards"]))
     with progress_bar("Choose", quiet=quiet or as_json) as bar:
         from rewarded_lines.evaluator.choose import choose as run_choose
 
