@@ -258,12 +258,8 @@ def unknown_key(key: str, known: list[str], where: str) -> Problem:
     """Return the problem of an unknown key, with the nearest known one."""
     # A trainer has almost two hundred keys: too many to list, and one of them is always a little like the unknown one.
     many = len(known) > _MOST_KEYS_SHOWN
-    return Problem(
-        f"unknown key `{key}`",
-        where=where,
-        expected="" if many else "one of " + ", ".join(known),
-        remedy=did_you_mean(key, known, "remove it, or see --help for the known keys", 0.8 if many else 0.5),
-    )
+    remedy = did_you_mean(key, known, "remove it, or see --help for the known keys", 0.8 if many else 0.5)
+    return Problem(f"unknown key `{key}`", where, "" if many else "one of " + ", ".join(known), remedy=remedy)
 
 
 def _problem(place: str, detail: ErrorDetails) -> Problem:

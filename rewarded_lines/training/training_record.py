@@ -25,8 +25,11 @@ _PACKAGES = (
 _FREE = {
     "output_dir", "overwrite", "project_file", "policy_name", "report_to", "run_name", "disable_tqdm", "logging_steps",
     "logging_strategy", "log_level", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
-    "sampling_engine", "model_name_or_path",
+    "sampling_engine", "model_name_or_path", "logging_first_step", "log_completions", "num_completions_to_print",
+    "ddp_timeout",
 }  # fmt: skip
+# Nor do these, unless the best of the saved models is taken.
+_SAVING = {"save_steps", "save_strategy"}
 
 
 def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any]:
@@ -50,8 +53,9 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     """Return how two runs differ: in the recipe, in keys that either of them sets, in their inputs."""
     if theirs["recipe"] != ours["recipe"]:
         return [f"recipe {theirs['recipe']}, not {ours['recipe']}"]
-    given = sorted({*theirs.get("given", ()), *ours["given"]} - _FREE)
     first, second = _flat(theirs.get("config", {})), _flat(json.loads(json.dumps(ours["config"], default=str)))
+    free = _FREE if second.get("load_best_model_at_end") else _FREE | _SAVING
+    given = sorted({*theirs.get("given", ()), *ours["given"]} - free)
     found = [f"{key}: {first.get(key)}, not {second.get(key)}" for key in given if first.get(key) != second.get(key)]
     before, now = theirs.get("inputs"), ours.get("inputs")
     if before is not None and now is not None:
@@ -83,6 +87,8 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Remove lines of later steps than the checkpoint's, and write the number of steps."""
+        # A resumed run logs and saves as often as it says now; the trainer takes that from the checkpoint.
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero and self._files[0].is_file():
             lines = self._files[0].read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]

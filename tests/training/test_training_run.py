@@ -186,6 +186,8 @@ FREE = {
     "logging_strategy": "epoch",
     "log_level": "error",
     "save_total_limit": 2,
+    "save_steps": 9,
+    "save_strategy": "epoch",
     "dataloader_num_workers": 1,
     "dataloader_pin_memory": False,
     "use_cpu": False,
@@ -199,6 +201,22 @@ def test_keys_that_change_no_result_may_change(tmp_path, key):
     stop(tmp_path / "sft", 5)
     assert train(tmp_path / "sft", **{key: FREE[key]})[1].endswith("checkpoint-5")
     assert train(tmp_path / "sft") == (False, None)
+
+
+def test_how_often_models_are_saved_matters_where_the_best_of_them_is_taken(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"}
+    stop(tmp_path / "sft", 5, save_steps=5, **best)
+    with pytest.raises(UserError, match=r"another run is there\n  got: save_steps: 5, not 10"):
+        train(tmp_path / "sft", save_steps=10, **best)
+
+
+def test_checkpoints_without_an_optimizer_are_not_resumed(tmp_path):
+    """As in Open R1's OlympicCoder configs; the trainer would begin anew with the learning rate."""
+    stop(tmp_path / "sft", 5, save_only_model=True)
+    with pytest.raises(UserError, match="no optimizer to go on with(.|\n)*save_only_model: true"):
+        train(tmp_path / "sft", save_only_model=True)
+    assert (tmp_path / "sft.unfinished/checkpoint-5").is_dir()
+    assert train(tmp_path / "sft", overwrite=True, save_only_model=True) == (True, None)
 
 
 def test_a_run_may_be_moved(tmp_path):
