@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, json_object_in
 from rewarded_lines.merger.record import versions
@@ -30,6 +30,8 @@ _FREE = {
 }  # fmt: skip
 # Nor do these, unless the best of the saved models is taken.
 _SAVING = {"save_steps", "save_strategy"}
+# What the batch follows from, together with the number of processes; the batch itself is compared.
+_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps", "effective_batch_size"}
 
 
 def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any
         "complete": False,
         "given": sorted(arguments.given),
         "config": {type(part).__name__: _as_dict(part, output) for part in arguments},
+        "batch": _batch(next(part for part in arguments if isinstance(part, TrainingArguments))),
         "versions": versions(*_PACKAGES),
     }
 
@@ -55,8 +58,12 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         return [f"recipe {theirs['recipe']}, not {ours['recipe']}"]
     first, second = _flat(theirs.get("config", {})), _flat(json.loads(json.dumps(ours["config"], default=str)))
     free = _FREE if second.get("load_best_model_at_end") else _FREE | _SAVING
+    batches = theirs.get("batch"), ours.get("batch")
+    free |= _BATCH if None not in batches else set()
     given = sorted({*theirs.get("given", ()), *ours["given"]} - free)
     found = [f"{key}: {first.get(key)}, not {second.get(key)}" for key in given if first.get(key) != second.get(key)]
+    if None not in batches and batches[0] != batches[1]:
+        found.append(f"{batches[0]}, not {batches[1]}, in all processes")
     before, now = theirs.get("inputs"), ours.get("inputs")
     if before is not None and now is not None:
         # Earlier versions did not record how rewards are declared.
@@ -111,6 +118,13 @@ class MetricsCallback(TrainerCallback):
         for path in self._files:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, default=float) + "\n")
+
+
+def _batch(training: TrainingArguments) -> str:
+    """Return the examples of an update over all processes and, of online trainers, the responses of a round."""
+    examples = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    sampled = getattr(training, "generation_batch_size", None)
+    return f"{examples} examples an update" + (f" and {sampled} responses a round" if sampled else "")
 
 
 def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -219,6 +219,18 @@ def test_checkpoints_without_an_optimizer_are_not_resumed(tmp_path):
     assert train(tmp_path / "sft", overwrite=True, save_only_model=True) == (True, None)
 
 
+def test_the_batch_is_that_of_all_processes(tmp_path, monkeypatch):
+    """A run that is resumed on fewer devices would have other updates; in smaller parts they stay the same."""
+    stop(tmp_path / "sft", 5, per_device_train_batch_size=8)
+    for processes, each in ((1, 4), (2, 8)):
+        monkeypatch.setattr(TrainingArguments, "world_size", processes)
+        with pytest.raises(UserError, match=r"8 examples an update, not (4|16) examples an update, in all processes"):
+            train(tmp_path / "sft", per_device_train_batch_size=each)
+    # Four in each of two processes.
+    assert train(tmp_path / "sft", per_device_train_batch_size=4)[1].endswith("checkpoint-5")
+    assert train(tmp_path / "sft", per_device_train_batch_size=2, gradient_accumulation_steps=2) == (False, None)
+
+
 def test_a_run_may_be_moved(tmp_path):
     stop(tmp_path / "sft", 5)
     (tmp_path / "sft.unfinished").rename(tmp_path / "new.unfinished")
