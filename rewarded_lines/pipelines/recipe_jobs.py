@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -84,7 +85,7 @@ class RecipeJobs:
         environment |= _for_small_models() if self._small else {}
         for name, command in commands.items():
             if name not in self._jobs:
-                self._jobs[name] = _Job(name, command, self._logs / name.replace(" ", "-"), environment)
+                self._jobs[name] = _Job(name, command, self._logs / re.sub(r"[^\w.+-]", "-", name), environment)
 
     def _end(self, names: Sequence[str]) -> None:
         for process in [job.process for name in names if (job := self._jobs.pop(name, None))]:

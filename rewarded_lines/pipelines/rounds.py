@@ -163,10 +163,12 @@ def _commands(train: Sequence[str], objectives: Sequence[str]) -> dict[str, list
 
 def _check_commands(commands: Mapping[str, Sequence[str]]) -> None:
     problems = [] if commands else [Problem("no policy to train", "--train", remedy="declare rewards in the project")]
-    for words in {tuple(words): None for words in commands.values()}:
+    for words, name in {tuple(words): name for name, words in commands.items()}.items():
         where, options = f"--train {shlex.join(words)}", [word.partition("=")[0] for word in words]
         if not Path(program(words[0])).is_file():
-            problems.append(Problem("no such program", where, got=words[0]))
+            # NAME=VALUE COMMAND, as for a shell.
+            remedy = f"set {name} before `rewarded-lines rounds`, whose commands inherit it" if name.isupper() else ""
+            problems.append(Problem("no such program", where, got=words[0], remedy=remedy))
         missing = [word for word in words if word.endswith(_FILES) and not Path(word.rpartition("=")[2]).is_file()]
         problems += [Problem("no such file", where, got=word) for word in missing]
         decided = [word for word in options if word in _REFUSED]

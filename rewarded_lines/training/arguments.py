@@ -77,9 +77,9 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
     fields = [[field.name for field in dataclasses.fields(cls) if field.init] for cls in dataclass_types]
     known = [name for names in fields for name in names]
     content, options = _sources(argv, known)
-    takes = {action.dest: action.nargs for action in parser._actions}
+    single = {one.dest for one in parser._actions if one.nargs is None and one.type in (str, int, float)}
     for key, value in content.items():
-        if isinstance(value, list) and len(value) != 1 and takes[key] not in ("*", "+"):
+        if isinstance(value, list) and len(value) != 1 and key in single:
             raise fail("this key takes one value", where=key, got=", ".join(map(str, value)) or "none")
     content |= {_key_of(name, known): None for name, value in options if value == ["null"]}
     given = frozenset([*map(str, content), *(_key_of(name, known) for name, _ in options)])

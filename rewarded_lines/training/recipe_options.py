@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +29,11 @@ class KeyValues(dict[str, Any]):
 
 
 class Weights(KeyValues):
-    """Weight of each reward: `helpful=0.5,brief=0.5`."""
+    """Weight of each reward: `helpful=0.5,brief=0.5`. Names may have `=` in them; those with commas need JSON."""
 
     def __init__(self, content: Any = ()) -> None:
         """Parse the weights as finite numbers."""
-        super().__init__(content)
+        super().__init__(_parse_pairs(content, str.rpartition) if isinstance(content, str) else content)
         try:
             self.update({name: float(value) for name, value in self.items()})
             if not all(map(math.isfinite, self.values())):
@@ -175,13 +176,13 @@ class SamplingOptions:
     max_prompt_tokens: int = _key("longest prompt; see too_long", 512)
 
 
-def _parse_pairs(text: str) -> dict[str, Any]:
+def _parse_pairs(text: str, parted: Callable[[str, str], tuple[str, str, str]] = str.partition) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
             return dict(json.loads(text))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"not a mapping: {error}") from error
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    pairs = [parted(part, "=") for part in text.split(",") if part.strip()]
     if not all(separator and key.strip() for key, separator, _ in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value,key=value")
     return {key.strip(): value.strip() for key, _, value in pairs}

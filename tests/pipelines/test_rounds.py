@@ -225,6 +225,7 @@ def test_changed_settings_are_refused(project):
         (("--score", "none.jsonl"), "--score: no such file"),
         (("--train", "words=python none.py --seed 3"), "no such file(.|\n)*none.py"),
         (("--train", "words=nowhere train.py"), "no such program"),
+        (("--train", f"ACCELERATE_LOG_LEVEL=info {TRAIN}"), "set ACCELERATE_LOG_LEVEL before `rewarded-lines rounds`"),
         (("--train", f"words={TRAIN} --output_dir=x"), "each round sets this itself"),
         (("--train", TRAIN), "not one command for each policy"),
     ],

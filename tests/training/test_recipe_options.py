@@ -48,6 +48,7 @@ def test_texts_of_another_form_are_refused(text):
 def test_weights_are_numbers(content):
     weights = Weights(content)
     assert weights == {"a": 0.5, "b": -1.0, "c": 0.001} and {type(value) for value in weights.values()} == {float}
+    assert Weights("lr=1e-5=0.5,b=1") == {"lr=1e-5": 0.5, "b": 1.0}
 
 
 @pytest.mark.parametrize("content", ["a=high", "a=", '{"a": [1]}', '{"a": null}', {"a": "x"}, "a=nan", "a=inf"])
