@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,11 +64,7 @@ def choose(
     rewarded-lines choose RUN --knee --method lines
     """
     minima = parse_numbers("--at-least", at_least or ())
-    weighed = None
-    if weights:
-        from rewarded_lines.evaluator.records import read_header
-
-        weighed = parse_numbers("--weights", split_named(",".join(weights), read_header(run)["rewards"]))
+    weighed = _weights_by_name(run, weights) if weights else None
     with progress_bar("Choose", quiet=quiet or as_json) as bar:
         from rewarded_lines.evaluator.choose import choose as run_choose
 
@@ -79,6 +76,12 @@ def choose(
         show_json(chosen.as_dict())
     else:
         _show(chosen)
+
+
+def _weights_by_name(run: Path, texts: list[str]) -> dict[str, float]:
+    from rewarded_lines.evaluator.records import read_header
+
+    return parse_numbers("--weights", split_named(",".join(texts), read_header(run)["rewards"]))
 
 
 def _show(chosen: Chosen) -> None:

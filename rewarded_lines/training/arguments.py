@@ -31,6 +31,12 @@ _GRACE_SECONDS = 5.0
 _PATIENCE_SECONDS = 24 * 3600
 # transformers and TRL annotate these as text, but take true and false as well.
 _TRUE_OR_TEXT = ("fsdp", "scale_rewards")
+# Keys of trainers that a recipe does not read, and what to do.
+_NO_EFFECT = {
+    "model_init_kwargs": "the recipe loads the model: write `dtype`, `attn_implementation` and the like",
+    "resume_from_checkpoint": "leave it out: a run goes on from its own last checkpoint",
+    "dataset_text_field": "write `columns: {text: COLUMN}`",
+}
 _ROUND = (
     "that batch is `per_device_train_batch_size` × `steps_per_generation`, by default `gradient_accumulation_steps`, "
     "× the number of processes: change one of these, or `num_generations`"
@@ -270,9 +276,9 @@ def _check_trainer(arguments: Arguments) -> None:
         for key in (key for key, wanted in evaluates.items() if wanted and not rows):
             remedy = "name a `validation_file`" if sft else "leave it out: policies are measured after the training"
             faults.append(("no rows to evaluate on while training", key, remedy))
-        if getattr(training, "model_init_kwargs", None) is not None:
-            remedy = "write `dtype`, `attn_implementation` and the like"
-            faults.append(("without effect: the recipe loads the model", "model_init_kwargs", remedy))
+        for key, remedy in _NO_EFFECT.items():
+            if getattr(training, key, None) not in (None, "text", "true", "True"):
+                faults.append(("without effect in a recipe", key, remedy))
     if faults:
         raise UserError(Problem(what, where=where, remedy=remedy) for what, where, remedy in faults)
 

@@ -351,6 +351,9 @@ def test_a_missing_library_is_one_message(monkeypatch, capsys):
         (DPOConfig, ["--per_device_train_batch_size", "0"], "per_device_train_batch_size", "write 1 or more"),
         (SFTConfig, ["--eval_strategy", "epoch"], "eval_strategy", "name a `validation_file`"),
         (DPOConfig, ["--model_init_kwargs", '{"dtype": "bfloat16"}'], "model_init_kwargs", "write `dtype`"),
+        (DPOConfig, ["--eval_on_start", "true"], "eval_on_start", "leave it out"),
+        (SFTConfig, ["--dataset_text_field", "content"], "dataset_text_field", "`columns: {text: COLUMN}`"),
+        (SFTConfig, ["--resume_from_checkpoint", "old/checkpoint-5"], "resume_from_checkpoint", "goes on from its own"),
     ],
 )
 def test_keys_that_a_recipe_cannot_follow_are_refused_at_once(tmp_path, kind, words, where, remedy):
