@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -18,25 +19,19 @@ from pathlib import Path
 from typing import Any, NoReturn, cast, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
-from trl import SFTConfig
+from transformers import HfArgumentParser
 
-from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.errors import UserError, fail
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 from rewarded_lines.projects import read_yaml
 from rewarded_lines.training.other_keys import unknown_recipe_key
+from rewarded_lines.training.trainer_checks import check_trackers, check_trainer
 
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0
 _PATIENCE_SECONDS = 24 * 3600
 # transformers and TRL annotate these as text, but take true and false as well.
 _TRUE_OR_TEXT = ("fsdp", "scale_rewards")
-# Keys of trainers that a recipe does not read, and what to do.
-_NO_EFFECT = {
-    "model_init_kwargs": "the recipe loads the model: write `dtype`, `attn_implementation` and the like",
-    "resume_from_checkpoint": "leave it out: a run goes on from its own last checkpoint",
-    "dataset_text_field": "write `columns: {text: COLUMN}`",
-}
 _ROUND = (
     "that batch is `per_device_train_batch_size` × `steps_per_generation`, by default `gradient_accumulation_steps`, "
     "× the number of processes: change one of these, or `num_generations`"
@@ -113,8 +108,8 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
         raise fail(str(error), where=WHERE, remedy=remedy) from error
     arguments = Arguments(made)
     arguments.given = given
-    _check_trackers(arguments)
-    _check_trainer(arguments)
+    check_trackers(arguments)
+    check_trainer(arguments, arguments.given)
     return arguments
 
 
@@ -234,13 +229,22 @@ def _follow_machine(values: argparse.Namespace, given: Collection[str]) -> None:
         os.environ[_PRECISION] = "no"
 
 
+def sharing_size() -> int:
+    """Return how many processes share each example: parts of its sequence or of the model's tensors.
+
+    Accelerate's `parallelism_config` says so, as in TRL's `context_parallel_2gpu.yaml`.
+    """
+    sizes = (os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("TP", "CP", "SP"))
+    return math.prod(map(int, sizes))
+
+
 def _set_accumulation(values: argparse.Namespace, given: Collection[str]) -> None:
     """Set the gradient accumulation that makes the batch of all processes the effective one."""
     effective = getattr(values, "effective_batch_size", None)
     if effective is None:
         return
     where, got = "effective_batch_size", str(effective)
-    each, processes = values.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+    each, processes = values.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1")) // sharing_size()
     if each is None:
         raise fail("not a batch", where="per_device_train_batch_size", expected="1 or more examples", got="null")
     if min(each, effective) < 1:
@@ -257,43 +261,3 @@ def _set_accumulation(values: argparse.Namespace, given: Collection[str]) -> Non
         expected = f"{each} × {stated} × {processes} = {each * stated * processes}"
         raise fail(what, where=where, expected=expected, got=got, remedy=remedy)
     values.gradient_accumulation_steps = steps
-
-
-def _check_trainer(arguments: Arguments) -> None:
-    """Refuse keys of the trainer that would fail after the first work, or have no effect."""
-    faults = []
-    for training in (part for part in arguments if isinstance(part, TrainingArguments)):
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if (getattr(training, key) or 0) < 1:
-                faults.append((f"not a number of examples or steps: {getattr(training, key)}", key, "write 1 or more"))
-        if training.push_to_hub:
-            remedy = "leave it out; upload the result: rewarded-lines push FOLDER OWNER/NAME"
-            faults.append(("recipes upload nothing", "push_to_hub", remedy))
-        # Only SFT has a loss on validation rows.
-        sft = isinstance(training, SFTConfig)
-        rows = sft and {"validation_file", "dataset_name"} & arguments.given
-        evaluates = {"eval_strategy": training.eval_strategy != "no", "eval_on_start": training.eval_on_start}
-        for key in (key for key, wanted in evaluates.items() if wanted and not rows):
-            remedy = "name a `validation_file`" if sft else "leave it out: policies are measured after the training"
-            faults.append(("no rows to evaluate on while training", key, remedy))
-        for key, remedy in _NO_EFFECT.items():
-            if getattr(training, key, None) not in (None, "text", "true", "True"):
-                faults.append(("without effect in a recipe", key, remedy))
-    if faults:
-        raise UserError(Problem(what, where=where, remedy=remedy) for what, where, remedy in faults)
-
-
-def _check_trackers(arguments: Arguments) -> None:
-    """Refuse unknown or missing trackers before the long work, not when the trainer is built."""
-    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-
-    present, problems = ["all", "none", *get_available_reporting_integrations()], []
-    for name in (name for part in arguments for name in getattr(part, "report_to", None) or []):
-        if name not in present and name in INTEGRATION_TO_CALLBACK:
-            remedy = f"pip install {name}, or set `report_to: none`"
-            problems.append(Problem(f"`{name}` is not installed", where="report_to", remedy=remedy))
-        elif name not in present:
-            known = ", ".join([*INTEGRATION_TO_CALLBACK, "none"])
-            problems.append(Problem(f"unknown tracker `{name}`", where="report_to", expected=f"one of {known}"))
-    if problems:
-        raise UserError(problems)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, json_object_in
 from rewarded_lines.merger.record import versions
-from rewarded_lines.training.arguments import Arguments
+from rewarded_lines.training.arguments import Arguments, sharing_size
 
 PROGRESS = "REWARDED_LINES_PROGRESS"
 _PACKAGES = (
@@ -122,7 +122,8 @@ class MetricsCallback(TrainerCallback):
 
 def _batch(training: TrainingArguments) -> str:
     """Return the examples of an update over all processes and, of online trainers, the responses of a round."""
-    examples = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    processes = training.world_size // sharing_size()
+    examples = training.train_batch_size * training.gradient_accumulation_steps * processes
     sampled = getattr(training, "generation_batch_size", None)
     return f"{examples} examples an update" + (f" and {sampled} responses a round" if sampled else "")
 

@@ -142,6 +142,15 @@ def test_gradient_accumulation_follows_from_the_effective_batch(monkeypatch, pro
         assert batches.effective_batch_size == steps * batches.per_device_train_batch_size * int(processes or 1)
 
 
+def test_processes_that_share_an_example_count_once(monkeypatch):
+    """As TRL's context_parallel_2gpu.yaml and alst_ulysses_4gpu.yaml make accelerate set these variables."""
+    for processes, kind, steps in (("2", "CP", 4), ("4", "SP", 2)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind}_SIZE", "2")
+        assert parse_recipe((Batches,), ["--effective_batch_size=32"])[0].gradient_accumulation_steps == steps
+        monkeypatch.delenv(f"PARALLELISM_CONFIG_{kind}_SIZE")
+
+
 def test_the_command_line_overrides_the_effective_batch_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "recipe.yaml").write_text("effective_batch_size: 99\nper_device_train_batch_size: 4\n")
