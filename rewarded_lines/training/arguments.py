@@ -98,6 +98,9 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
             setattr(values, key, value[0])
     _follow_machine(values, given)
     _set_accumulation(values, given)
+    if getattr(values, "top_k", None) == -1:
+        # vLLM's word for all tokens, which transformers refuses.
+        values.top_k = 0
     try:
         made = [
             cls(**{name: getattr(values, name) for name in names})

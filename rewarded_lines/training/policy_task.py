@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
@@ -19,9 +20,11 @@ from rewarded_lines.data.prompts import Prompt, encode, encode_answers
 from rewarded_lines.data.rows import Row
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, refuse_empty
-from rewarded_lines.projects import load_project
+from rewarded_lines.errors import UserError
+from rewarded_lines.projects import load_project, problems_of
 from rewarded_lines.rewards.load_rewards import reward_limits
 from rewarded_lines.rewards.reward import columns_of
+from rewarded_lines.training.arguments import WHERE
 from rewarded_lines.training.gains import check_scored, describe, paired_gain, summary
 from rewarded_lines.training.generation_config import keep_generation_config, plain_generation
 from rewarded_lines.training.load_models import (
@@ -37,6 +40,9 @@ from rewarded_lines.training.register_model import register
 from rewarded_lines.training.sampling import Scores, sample
 from rewarded_lines.training.training_reward import RewardFunctions, WeightedReward, tell_all_equal
 from rewarded_lines.training.training_run import TrainingRun, from_main, say
+
+# A `GenerationSpec` has so many.
+_SEEDS = 1_000_000
 
 
 @dataclass
@@ -110,10 +116,19 @@ class PolicyTask:
             self.rows = fit_prompts(self.rows, limits, too_long, "training prompts", say)
 
     def spec(self, **settings: Any) -> GenerationSpec:
-        """Return the project's settings for sampling outside of the trainer, with `settings` on top."""
+        """Return the project's settings for sampling outside of the trainer, with `settings` on top.
+
+        Raises:
+            UserError: values out of range.
+        """
         kept = ("stop", "chat_template", "chat_template_kwargs", "strip")
         project = {name: getattr(self.generation, name) for name in kept}
-        return GenerationSpec(**{**project, "stop_token_ids": tuple(sorted(self.reader.ends)), **settings})
+        # A trainer's seed may be a date.
+        own = {"stop_token_ids": tuple(sorted(self.reader.ends)), "seed": settings.pop("seed", 0) % _SEEDS}
+        try:
+            return GenerationSpec(**{**project, **own, **settings})
+        except ValidationError as error:
+            raise UserError(problems_of(error, WHERE)) from error
 
     def trainer_spec(self, training: Any, longest: int, dtype: str) -> GenerationSpec:
         """Return the settings with which an online trainer samples, for measuring: at most `longest` tokens."""

@@ -22,9 +22,9 @@ def check_trainer(arguments: Iterable[Any], given: Collection[str]) -> None:
     """Refuse keys of the trainer that would fail after the first work, or have no effect."""
     faults = []
     for training in (part for part in arguments if isinstance(part, TrainingArguments)):
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if (getattr(training, key) or 0) < 1:
-                faults.append((f"not a number of examples or steps: {getattr(training, key)}", key, "write 1 or more"))
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_completion_length"):
+            if (value := getattr(training, key, 1)) is None or value < 1:
+                faults.append((f"not a number of examples, steps or tokens: {value}", key, "write 1 or more"))
         if training.push_to_hub:
             remedy = "leave it out; upload the result: rewarded-lines push FOLDER OWNER/NAME"
             faults.append(("recipes upload nothing", "push_to_hub", remedy))

@@ -358,6 +358,7 @@ def test_a_missing_library_is_one_message(monkeypatch, capsys):
         (DPOConfig, ["--push_to_hub", "true"], "push_to_hub", "rewarded-lines push FOLDER OWNER/NAME"),
         (DPOConfig, ["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy", "leave it out"),
         (DPOConfig, ["--per_device_train_batch_size", "0"], "per_device_train_batch_size", "write 1 or more"),
+        (GRPOConfig, ["--max_completion_length", "null"], "max_completion_length", "write 1 or more"),
         (SFTConfig, ["--eval_strategy", "epoch"], "eval_strategy", "name a `validation_file`"),
         (DPOConfig, ["--model_init_kwargs", '{"dtype": "bfloat16"}'], "model_init_kwargs", "write `dtype`"),
         (DPOConfig, ["--eval_on_start", "true"], "eval_on_start", "leave it out"),
@@ -394,6 +395,7 @@ def test_sft_evaluates_while_it_trains_where_there_are_rows(tmp_path):
         ({"scale_rewards": False}, {"scale_rewards": "none"}),
         ({"scale_rewards": "batch"}, {"scale_rewards": "batch"}),
         ({"fsdp": False, "model_init_kwargs": None}, {"fsdp": False, "model_init_kwargs": None}),
+        ({"max_grad_norm": None, "seed": 20240613}, {"max_grad_norm": None, "seed": 20240613}),
     ],
 )
 def test_a_key_takes_every_form_that_its_trainer_takes(tmp_path, given, expected):
@@ -404,6 +406,11 @@ def test_a_key_takes_every_form_that_its_trainer_takes(tmp_path, given, expected
     (theirs,) = TrlParser((GRPOConfig,)).parse_args_and_config(["--config", str(tmp_path / "c.yaml")])
     for key, value in expected.items():
         assert getattr(ours, key) == getattr(theirs, key) == value
+
+
+def test_vllms_word_for_all_tokens_is_that_of_transformers(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false", "--top_k", "-1"]
+    assert parse_recipe((GRPOConfig,), words)[0].top_k == 0
 
 
 def test_several_values_of_a_key_that_takes_one_are_refused(tmp_path):
