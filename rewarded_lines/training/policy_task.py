@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
@@ -20,11 +19,9 @@ from rewarded_lines.data.prompts import Prompt, encode, encode_answers
 from rewarded_lines.data.rows import Row
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import load_config, refuse_empty
-from rewarded_lines.errors import UserError
-from rewarded_lines.projects import load_project, problems_of
+from rewarded_lines.projects import load_project
 from rewarded_lines.rewards.load_rewards import reward_limits
 from rewarded_lines.rewards.reward import columns_of
-from rewarded_lines.training.arguments import WHERE
 from rewarded_lines.training.gains import check_scored, describe, paired_gain, summary
 from rewarded_lines.training.generation_config import keep_generation_config, plain_generation
 from rewarded_lines.training.load_models import (
@@ -35,7 +32,7 @@ from rewarded_lines.training.load_models import (
     save_tokenizer,
 )
 from rewarded_lines.training.online_trainer import packed
-from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
+from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions, checked_values
 from rewarded_lines.training.register_model import register
 from rewarded_lines.training.sampling import Scores, sample
 from rewarded_lines.training.training_reward import RewardFunctions, WeightedReward, tell_all_equal
@@ -125,10 +122,8 @@ class PolicyTask:
         project = {name: getattr(self.generation, name) for name in kept}
         # A trainer's seed may be a date.
         own = {"stop_token_ids": tuple(sorted(self.reader.ends)), "seed": settings.pop("seed", 0) % _SEEDS}
-        try:
+        with checked_values():
             return GenerationSpec(**{**project, **own, **settings})
-        except ValidationError as error:
-            raise UserError(problems_of(error, WHERE)) from error
 
     def trainer_spec(self, training: Any, longest: int, dtype: str) -> GenerationSpec:
         """Return the settings with which an online trainer samples, for measuring: at most `longest` tokens."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,15 @@ from rewarded_lines.config import DataSpec, TooLong
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.projects import PROJECT_FILE, problems_of
 from rewarded_lines.training.arguments import WHERE
+
+
+@contextmanager
+def checked_values() -> Iterator[None]:
+    """Raise what pydantic says of a recipe's values as a `UserError`."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(problems_of(error, WHERE)) from error
 
 
 class KeyValues(dict[str, Any]):
@@ -120,7 +130,7 @@ class DataOptions:
         return self._spec(self.validation_file, self.dataset_test_split, self.validation_limit)
 
     def _spec(self, file: str | None, split: str, limit: int | None) -> DataSpec:
-        try:
+        with checked_values():
             return DataSpec(
                 file=file,
                 dataset=None if file else self.dataset_name,
@@ -134,8 +144,6 @@ class DataOptions:
                 system=self.system_prompt,
                 too_long=self.too_long,
             )
-        except ValidationError as error:
-            raise UserError(problems_of(error, WHERE)) from error
 
 
 @dataclass
