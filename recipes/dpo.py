@@ -28,6 +28,7 @@ from trl import DPOConfig, ModelConfig
 
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
+from rewarded_lines.errors import fail
 from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.gains import scored
 from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
@@ -65,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
     parts = (DPORecipe, RunOptions, DataOptions, RewardOptions, SamplingOptions, ModelConfig, DPOConfig)
     arguments = parse_recipe(parts, argv, __doc__ or "")
     recipe, options, data, rewards, sampling, model_options, training = arguments
+    if recipe.pairs == "sampled" and recipe.responses < 2:
+        raise fail("a pair is two of the responses to a prompt", where="responses", got=str(recipe.responses))
     with training_run("dpo", arguments) as run:
         set_seed(training.seed)
         engine = choose_engine(sampling.sampling_engine)

@@ -331,6 +331,8 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
         run("dpo", work, output_dir=work / "none", sync_ref_model=True, precompute_ref_log_probs=True)
     with pytest.raises(UserError, match="arguments of the recipe: template(.|\n)*must contain {response}"):
         run("reward", work, output_dir=work / "none", template="Question: {question} Answer: {answer}")
+    with pytest.raises(UserError, match="responses: a pair is two of the responses"):
+        run("dpo", work, output_dir=work / "none", responses=1)
     with pytest.raises(UserError, match="lower `margin`"):
         run("dpo", work, output_dir=work / "none", responses=2, margin=99)
     with pytest.raises(UserError, match="the model|tokenizer|config cannot be reached"):
