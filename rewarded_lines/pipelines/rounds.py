@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shlex
@@ -243,7 +245,9 @@ def _write_state(plan: RoundPlan, finished: FinishedParts) -> None:
     lines = [["round", *(f"{name}{end}" for name in scores[0] for end in ("", "_low", "_high"))]] if scores else []
     lines += [[str(number), *(str(x) for one in row.values() for x in one.values())] for number, row in scores.items()]
     if lines:
-        write_bytes(plan.out / TABLE_FILE, "".join(",".join(line) + "\n" for line in lines).encode())
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows(lines)
+        write_bytes(plan.out / TABLE_FILE, table.getvalue().encode())
 
 
 class PolicyProgress(Progress):
