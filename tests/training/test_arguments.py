@@ -10,7 +10,7 @@ import yaml
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig, TrlParser
 
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.training import arguments, other_keys
+from rewarded_lines.training import arguments, refused_keys
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
 from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
@@ -423,19 +423,19 @@ OWN = (DataOptions, RunOptions, RewardOptions, ModelConfig)
 KEYS = {one: {field.name for kind in (*OWN, one) for field in dataclasses.fields(kind)} for one in TRAINERS}
 
 
-@pytest.mark.parametrize("key", sorted({**other_keys._REMEDIES, **other_keys._NAMES}))
+@pytest.mark.parametrize("key", sorted({**refused_keys._REMEDIES, **refused_keys._NAMES}))
 def test_a_key_of_another_tool_is_told_with_one_that_the_recipe_has(key):
-    told = {one: other_keys.unknown_recipe_key(key, known, "c.yaml").remedy for one, known in KEYS.items()}
+    told = {one: refused_keys.unknown_recipe_key(key, known, "c.yaml").remedy for one, known in KEYS.items()}
     unknown = {one: remedy for one, remedy in told.items() if key not in KEYS[one]}
     assert unknown and not any("did you mean" in remedy for remedy in unknown.values())
     written = {one: set(re.findall(r"`([a-z_0-9]+)[`:]", remedy)) for one, remedy in unknown.items()}
     for one, names in written.items():
-        assert names <= (KEYS[one] if key in other_keys._NAMES else set().union(*KEYS.values()))
+        assert names <= (KEYS[one] if key in refused_keys._NAMES else set().union(*KEYS.values()))
 
 
 def test_a_key_that_is_only_a_little_like_another_is_not_taken_for_it():
-    assert "--help" in other_keys.unknown_recipe_key("vocab_files", KEYS[GRPOConfig], "c.yaml").remedy
-    assert "`learning_rate`" in other_keys.unknown_recipe_key("learnig_rate", KEYS[GRPOConfig], "c.yaml").remedy
+    assert "--help" in refused_keys.unknown_recipe_key("vocab_files", KEYS[GRPOConfig], "c.yaml").remedy
+    assert "`learning_rate`" in refused_keys.unknown_recipe_key("learnig_rate", KEYS[GRPOConfig], "c.yaml").remedy
 
 
 def test_other_errors_are_not_caught(monkeypatch):
