@@ -31,7 +31,7 @@ from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.gains import scored
-from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
+from rewarded_lines.training.load_models import load_policy, lora_config
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.policy_task import PolicyTask
 from rewarded_lines.training.preference_pairs import TokenDPOTrainer, best_and_worst, kept_rows, pair_tokens
@@ -82,7 +82,6 @@ def main(argv: Sequence[str]) -> None:
             temperature=recipe.temperature,
             max_tokens=recipe.max_response_tokens,
             seed=training.seed,
-            dtype=generation_dtype(model_options, policy),
         )
         task.measure_base(spec, policy)
         if recipe.pairs == "sampled":

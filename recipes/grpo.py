@@ -29,7 +29,6 @@ from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_
 from transformers import set_seed
 from trl import GRPOConfig, ModelConfig
 
-from rewarded_lines.training.load_models import generation_dtype
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.online_trainer import ReadGRPOTrainer, check_prompts, check_standardization
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
@@ -64,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         task.fit(recipe.max_prompt_tokens, training.max_completion_length)
         check_prompts(training, len(task.rows))
         policy = task.load_policy(model_options)
-        spec = task.trainer_spec(training, training.max_completion_length, generation_dtype(model_options, policy))
+        spec = task.trainer_spec(training, training.max_completion_length)
         task.measure_base(spec, policy)
         say(task.heading("GRPO", f"{len(task.rows)} prompts, {training.num_generations} responses each"))
 

@@ -29,7 +29,7 @@ from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_
 from transformers import set_seed
 from trl import ModelConfig
 
-from rewarded_lines.training.load_models import generation_dtype, load_critic, reference_hash
+from rewarded_lines.training.load_models import load_critic, reference_hash
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.online_trainer import check_prompts
 from rewarded_lines.training.ppo_config import PPOConfig
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         policy, critic = task.load_policy(model_options), None
         if training.critic == "separate":
             critic = load_critic(task.base, model_options, training.critic_model)
-        spec = task.trainer_spec(training, training.response_length, generation_dtype(model_options, policy))
+        spec = task.trainer_spec(training, training.response_length)
         task.measure_base(spec, policy)
         say(task.heading("PPO", f"{len(task.rows)} prompts"))
 

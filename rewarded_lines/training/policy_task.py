@@ -25,6 +25,7 @@ from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.gains import check_scored, describe, paired_gain, summary
 from rewarded_lines.training.generation_config import keep_generation_config, plain_generation
 from rewarded_lines.training.load_models import (
+    generation_dtype,
     load_policy,
     load_tokenizer,
     lora_config,
@@ -70,6 +71,7 @@ class PolicyTask:
     counted: int
     before: Scores = field(default_factory=dict)
     _restore: Callable[[], None] = lambda: None
+    _dtype: str = "float32"
 
     @property
     def chats(self) -> bool:
@@ -113,7 +115,9 @@ class PolicyTask:
             self.rows = fit_prompts(self.rows, limits, too_long, "training prompts", say)
 
     def spec(self, **settings: Any) -> GenerationSpec:
-        """Return the project's settings for sampling outside of the trainer, with `settings` on top.
+        """Return the project's settings for sampling outside of the trainer, in the loaded policy's dtype.
+
+        `settings` are on top.
 
         Raises:
             UserError: values out of range.
@@ -121,11 +125,12 @@ class PolicyTask:
         kept = ("stop", "chat_template", "chat_template_kwargs", "strip")
         project = {name: getattr(self.generation, name) for name in kept}
         # A trainer's seed may be a date.
-        own = {"stop_token_ids": tuple(sorted(self.reader.ends)), "seed": settings.pop("seed", 0) % _SEEDS}
+        own: dict[str, Any] = {"seed": settings.pop("seed", 0) % _SEEDS, "dtype": self._dtype}
+        own["stop_token_ids"] = tuple(sorted(self.reader.ends))
         with checked_values():
             return GenerationSpec(**{**project, **own, **settings})
 
-    def trainer_spec(self, training: Any, longest: int, dtype: str) -> GenerationSpec:
+    def trainer_spec(self, training: Any, longest: int) -> GenerationSpec:
         """Return the settings with which an online trainer samples, for measuring: at most `longest` tokens."""
         return self.spec(
             temperature=training.temperature,
@@ -135,7 +140,6 @@ class PolicyTask:
             repetition_penalty=training.repetition_penalty,
             max_tokens=longest,
             seed=training.seed,
-            dtype=dtype,
         )
 
     def trainer_parts(self, training: Any, model_options: ModelConfig, penalty: float | None) -> dict[str, Any]:
@@ -163,6 +167,7 @@ class PolicyTask:
     def load_policy(self, model_options: ModelConfig) -> PreTrainedModel:
         """Return the SFT model to be trained, without sampling settings of its own."""
         model = load_policy(self.base, model_options)
+        self._dtype = generation_dtype(model_options, model)
         pad = self.tokenizer.pad_token_id
         self._restore = plain_generation(model, self.reader.ends, self.tokenizer.eos_token_id if pad is None else pad)
         return model
