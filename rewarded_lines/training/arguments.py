@@ -35,6 +35,8 @@ _ROUND = (
     "that batch is `per_device_train_batch_size` × `steps_per_generation`, by default `gradient_accumulation_steps`, "
     "× the number of processes: change one of these, or `num_generations`"
 )
+# What vLLM and earlier versions of transformers write for "no limit", and the word of today's transformers.
+_OFF: dict[str, tuple[Any, Any]] = {"top_k": (-1, 0), "max_grad_norm": (None, 0.0)}
 # The variable in which `accelerate launch` passes the precision of its own configuration on.
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -97,9 +99,9 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
             setattr(values, key, value[0])
     _follow_machine(values, given)
     _set_accumulation(values, given)
-    if getattr(values, "top_k", None) == -1:
-        # vLLM's word for all tokens, which transformers refuses.
-        values.top_k = 0
+    for key, (theirs, ours) in _OFF.items():
+        if getattr(values, key, ours) == theirs:
+            setattr(values, key, ours)
     try:
         made = [
             cls(**{name: getattr(values, name) for name in names})

@@ -61,7 +61,7 @@ class PPOTrainer(OnlineTrainer, GRPOTrainer):  # type: ignore[misc]
             self.critic: Any = SharedCritic(policy).to(self.accelerator.device)
         else:
             self.critic = prepare_critic(critic, self.accelerator, settings)
-        self._critic_optimizer = CriticOptimizer(self.critic, self.accelerator, settings.max_grad_norm or 0.0)
+        self._critic_optimizer = CriticOptimizer(self.critic, self.accelerator, settings.max_grad_norm)
 
     @property
     def _mode(self) -> str:

@@ -92,7 +92,7 @@ def test_an_update_is_that_of_a_naive_ppo(tmp_path, base, critic, lora, more):
         return scores
 
     trainer = make_trainer(
-        tmp_path, base, lora, reward, critic=critic, optim="sgd", max_grad_norm=None, total_episodes=8, **more
+        tmp_path, base, lora, reward, critic=critic, optim="sgd", max_grad_norm=0.0, total_episodes=8, **more
     )
     naive = Naive(trainer, base, lora)
     sampled, loss = trainer._generate_and_score_completions, trainer._compute_loss
