@@ -94,14 +94,9 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
     values, rest = parser.parse_known_args(words)
     if rest:
         raise fail("values that belong to no key", where=WHERE, got=" ".join(rest))
-    for key in lists:
-        if isinstance(value := getattr(values, key), list) and len(value) == 1:
-            setattr(values, key, value[0])
+    _unify(values, lists)
     _follow_machine(values, given)
     _set_accumulation(values, given)
-    for key, (theirs, ours) in _OFF.items():
-        if getattr(values, key, ours) == theirs:
-            setattr(values, key, ours)
     try:
         made = [
             cls(**{name: getattr(values, name) for name in names})
@@ -191,6 +186,16 @@ def _widen(parser: argparse.ArgumentParser, dataclass_types: Sequence[type]) -> 
         if action.dest in lists:
             action.nargs = "*"
     return lists
+
+
+def _unify(values: argparse.Namespace, lists: Sequence[str]) -> None:
+    """Make a list of one value that value, and words for "no limit" those of today's transformers."""
+    for key in lists:
+        if isinstance(value := getattr(values, key), list) and len(value) == 1:
+            setattr(values, key, value[0])
+    for key, (theirs, ours) in _OFF.items():
+        if getattr(values, key, ours) == theirs:
+            setattr(values, key, ours)
 
 
 def _true_or_text(word: str) -> bool | str:
