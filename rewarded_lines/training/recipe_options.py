@@ -101,7 +101,9 @@ class DataOptions:
     dataset_config: str | None = _key("subset of that data set")
     dataset_revision: str | None = _key("its branch, tag or commit")
     dataset_train_split: str = _key("its split to train on, also in a folder of files", "train")
-    dataset_test_split: str = _key("its split to validate on, also in a folder of files", "test")
+    dataset_test_split: str | None = _key(
+        "its split to validate on, also in a folder of files; null if a data set has none (SFT, reward models)", "test"
+    )
     columns: KeyValues = _key("role=column, for roles whose column has another name", KeyValues)
     row_function: str | None = _key("file.py:function from a row of the data to rows with roles, or None")
     train_limit: int | None = _key("use only so many rows, the first ones")
@@ -125,9 +127,9 @@ class DataOptions:
 
     def validation(self) -> DataSpec | None:
         """Return the source of the validation rows, if one is named."""
-        if self.validation_file is None and self.dataset_name is None:
+        if self.validation_file is None and (self.dataset_name is None or self.dataset_test_split is None):
             return None
-        return self._spec(self.validation_file, self.dataset_test_split, self.validation_limit)
+        return self._spec(self.validation_file, self.dataset_test_split or "test", self.validation_limit)
 
     def _spec(self, file: str | None, split: str, limit: int | None) -> DataSpec:
         with checked_values():

@@ -83,6 +83,8 @@ def test_validation_data_may_be_missing_or_a_file_beside_a_data_set():
     assert DataOptions(train_file="a.csv").validation() is None
     mixed = DataOptions(dataset_name="a/b", validation_file="b.csv")
     assert (mixed.train().dataset, mixed.validation().file, mixed.validation().dataset) == ("a/b", "b.csv", None)
+    # As tatsu-lab/alpaca, which has the split `train` alone.
+    assert DataOptions(dataset_name="a/b", dataset_test_split=None).validation() is None
 
 
 @pytest.mark.parametrize(
