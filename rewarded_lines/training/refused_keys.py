@@ -71,6 +71,9 @@ _REMEDIES: Mapping[str, str] = {
     "dataset_splits": "write `dataset_train_split` and `dataset_test_split`",
     "train_on_inputs": "write `completion_only_loss: false`",
     "env": "leave it out, and set the variables before `accelerate launch`",
+    "accelerate_config": "leave it out, and start with `accelerate launch --config_file FILE`",
+    "num_processes": "leave it out, and start with `accelerate launch --num_processes N`",
+    "dataset_streaming": "leave it out; `train_limit` takes the first rows",
     **dict.fromkeys(("val_size", "val_set_size"), "name validation rows with `validation_file`"),
     **dict.fromkeys(("ref_model", "ref_model_name_or_path"), "leave it out: the reference is the SFT model"),
     **dict.fromkeys(
@@ -115,7 +118,7 @@ def check_trainer(arguments: Iterable[Any], given: Collection[str]) -> None:
         rows = sft and {"validation_file", "dataset_name"} & set(given)
         evaluates = {"eval_strategy": training.eval_strategy != "no", "eval_on_start": training.eval_on_start}
         for key in (key for key, wanted in evaluates.items() if wanted and not rows):
-            remedy = "name a `validation_file`" if sft else "leave it out: policies are measured after the training"
+            remedy = "name a `validation_file`" if sft else "leave it out: models are measured after the training"
             faults.append(("no rows to evaluate on while training", key, remedy))
         for key, remedy in _NO_EFFECT.items():
             if getattr(training, key, None) not in (None, "text", "true", "True"):
