@@ -49,7 +49,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def load_policy(reference: str, options: ModelConfig) -> PreTrainedModel:
     """Return a causal language model with the dtype, attention and quantization of `options`."""
-    return _load(AutoModelForCausalLM, reference, "model", **_loading(options))
+    model: PreTrainedModel = _load(AutoModelForCausalLM, reference, "model", **_loading(options))
+    _check_dtype(model, reference, options)
+    return model
 
 
 def load_classifier(reference: str, options: ModelConfig) -> PreTrainedModel:
@@ -63,10 +65,22 @@ def load_classifier(reference: str, options: ModelConfig) -> PreTrainedModel:
         model, found = _load(
             AutoModelForSequenceClassification, reference, "model", num_labels=1, output_loading_info=True, **loading
         )
+    _check_dtype(model, reference, options)
     missing = [name for name in found["missing_keys"] if not _HEADS.intersection(name.split("."))]
     if missing:
         raise fail("weights are missing from the model", where=reference, got=", ".join(sorted(missing)[:3]))
     return model
+
+
+def _check_dtype(model: PreTrainedModel, reference: str, options: ModelConfig) -> None:
+    """Refuse to train all weights in float16: the squares of small gradients are 0 there, and AdamW divides by them."""
+    if model.dtype == torch.float16 and not options.use_peft:
+        raise fail(
+            "whole models cannot be trained in float16: their weights become infinite",
+            where="dtype",
+            got=f"{options.dtype}, for {reference}",
+            remedy="write `dtype: float32` or `dtype: bfloat16`, or train LoRA with `use_peft: true`",
+        )
 
 
 def load_critic(base: str, options: ModelConfig, start: str | None = None) -> PreTrainedModel:
