@@ -124,11 +124,13 @@ def lora_config(options: ModelConfig, task: str = "CAUSAL_LM") -> LoraConfig | N
     if config is None:
         return None
     config.task_type = task
-    if config.target_modules is None:
+    wanted = config.target_modules
+    # LLaMA-Factory's word for all is the second.
+    if wanted in (None, "all"):
         config.target_modules = "all-linear"
-    elif isinstance(config.target_modules, str) and config.target_modules.isidentifier():
-        # TRL turns a list of one name into a text, which PEFT would match against full names.
-        config.target_modules = [config.target_modules]
+    elif isinstance(wanted, str) and all(name.strip().isidentifier() for name in wanted.split(",")):
+        # TRL turns a list of one name into a text, which PEFT would match against full names; others write commas.
+        config.target_modules = [name.strip() for name in wanted.split(",")]
     return config
 
 

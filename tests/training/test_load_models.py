@@ -96,6 +96,14 @@ def test_lora_adapts_every_linear_layer_of_the_blocks(sft):
     assert names == sorted(LINEAR * 2)
 
 
+@pytest.mark.parametrize("text", ["q_proj,v_proj", "v_proj, q_proj", r".*\.[qv]_proj", "all", "all-linear"])
+def test_the_modules_of_lora_may_be_a_text(sft, text):
+    """Names with commas as LLaMA-Factory has them, a pattern as PEFT has it."""
+    model = load_policy(str(sft), LORA)
+    config = lora_config(ModelConfig(use_peft=True, lora_target_modules=[text]))
+    assert set(adapted(get_peft_model(model, config))) == set(LINEAR if "all" in text else ["q_proj", "v_proj"])
+
+
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj"]])
 def test_loras_settings_are_the_users(sft, modules):
     options = ModelConfig(use_peft=True, lora_r=4, lora_alpha=6, lora_dropout=0.0, lora_target_modules=modules)
