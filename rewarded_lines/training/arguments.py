@@ -37,6 +37,8 @@ _ROUND = (
 )
 # What vLLM and earlier versions of transformers write for "no limit", and the word of today's transformers.
 _OFF: dict[str, tuple[Any, Any]] = {"top_k": (-1, 0), "max_grad_norm": (None, 0.0)}
+# Keys of folders and files; those of the data and `output_dir` are read so elsewhere.
+_PATHS = ("model_name_or_path", "project_file", "critic_model", "chat_template_path", "pairs_file", "samples_file")
 # The variable in which `accelerate launch` passes the precision of its own configuration on.
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -189,13 +191,16 @@ def _widen(parser: argparse.ArgumentParser, dataclass_types: Sequence[type]) -> 
 
 
 def _unify(values: argparse.Namespace, lists: Sequence[str]) -> None:
-    """Make a list of one value that value, and words for "no limit" those of today's transformers."""
+    """Make a list of one value that value, words for "no limit" those of today's transformers, and `~` a folder."""
     for key in lists:
         if isinstance(value := getattr(values, key), list) and len(value) == 1:
             setattr(values, key, value[0])
     for key, (theirs, ours) in _OFF.items():
         if getattr(values, key, ours) == theirs:
             setattr(values, key, ours)
+    for key in _PATHS:
+        if isinstance(value := getattr(values, key, None), str):
+            setattr(values, key, os.path.expanduser(value))
 
 
 def _true_or_text(word: str) -> bool | str:

@@ -407,6 +407,13 @@ def test_a_key_takes_every_form_that_its_trainer_takes(tmp_path, given, expected
         assert getattr(ours, key) == getattr(theirs, key) == value
 
 
+def test_a_home_folder_may_be_named_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("project_file: ~/p.yaml\nmodel_name_or_path: ~/sft\n")
+    options, model = parse_recipe((RunOptions, ModelConfig), ["--config", str(tmp_path / "c.yaml")])
+    assert (options.project_file, model.model_name_or_path) == (str(tmp_path / "p.yaml"), str(tmp_path / "sft"))
+
+
 def test_words_for_no_limit_are_those_of_transformers(tmp_path):
     words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     (made,) = parse_recipe((GRPOConfig,), [*words, "--top_k", "-1", "--max_grad_norm", "null"])
