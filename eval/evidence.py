@@ -35,9 +35,8 @@ from evidence_stages.stage_files import REPO, Places, Stage, read_stages, seeds_
 from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.folders import atomic_file, folder_lock, json_object_in, refuse_foreign, unfinished, write_json
-from rewarded_lines.pipelines.recipe_jobs import RecipeJobs, Watch
+from rewarded_lines.pipelines.recipe_jobs import FinishedParts, Part, RecipeJobs, Watch
 from rewarded_lines.pipelines.rounds import PolicyProgress
-from rewarded_lines.pipelines.stage_parts import FinishedParts, Part
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 
 STAGES = Path(__file__).resolve().parent / "evidence_stages"

@@ -34,8 +34,7 @@ from rewarded_lines.checkpoints.hashing import file_hash, model_hash
 from rewarded_lines.demo import waiting_recipe
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.folders import folder_lock, json_object_in, refuse_foreign, write_json
-from rewarded_lines.pipelines.recipe_jobs import RecipeJobs
-from rewarded_lines.pipelines.stage_parts import FinishedParts, Part, digest
+from rewarded_lines.pipelines.recipe_jobs import FinishedParts, Part, RecipeJobs, digest
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import PROJECT_FILE
 from rewarded_lines.recipe_files import files_root

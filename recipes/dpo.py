@@ -28,9 +28,10 @@ from trl import DPOConfig, ModelConfig
 
 from rewarded_lines.config import GenerationSpec, decides
 from rewarded_lines.data.rows import Row, rows_hash
+from rewarded_lines.errors import fail
 from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.gains import scored
-from rewarded_lines.training.load_models import generation_dtype, load_policy, lora_config
+from rewarded_lines.training.load_models import load_policy, lora_config
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.policy_task import PolicyTask
 from rewarded_lines.training.preference_pairs import TokenDPOTrainer, best_and_worst, kept_rows, pair_tokens
@@ -65,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
     parts = (DPORecipe, RunOptions, DataOptions, RewardOptions, SamplingOptions, ModelConfig, DPOConfig)
     arguments = parse_recipe(parts, argv, __doc__ or "")
     recipe, options, data, rewards, sampling, model_options, training = arguments
+    if recipe.pairs == "sampled" and recipe.responses < 2:
+        raise fail("a pair is two of the responses to a prompt", where="responses", got=str(recipe.responses))
     with training_run("dpo", arguments) as run:
         set_seed(training.seed)
         engine = choose_engine(sampling.sampling_engine)
@@ -79,7 +82,6 @@ def main(argv: Sequence[str]) -> None:
             temperature=recipe.temperature,
             max_tokens=recipe.max_response_tokens,
             seed=training.seed,
-            dtype=generation_dtype(model_options, policy),
         )
         task.measure_base(spec, policy)
         if recipe.pairs == "sampled":
@@ -105,12 +107,7 @@ def main(argv: Sequence[str]) -> None:
                 callbacks=[MetricsCallback(run.folder)],
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-        task.save(trainer.save_model, run, training)
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        run.finish(
-            lambda: {**metrics, **task.measure_gain(spec, policy, run.folder), "pairs": len(pairs)},
-            lambda: task.add_to_project(run),
-        )
+        task.finish(trainer, run, spec, **metrics, pairs=len(pairs))
 
 
 def sampled_pairs(

@@ -26,16 +26,13 @@ from dataclasses import dataclass, field
 from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_settings
 
 # isort: split
-from datasets import Dataset
 from transformers import set_seed
 from trl import GRPOConfig, ModelConfig
 
-from rewarded_lines.training.load_models import generation_dtype, lora_config, reference_loading
 from rewarded_lines.training.load_task import load_task
-from rewarded_lines.training.online_trainer import ReadGRPOTrainer, check_prompts, check_standardization, packed
+from rewarded_lines.training.online_trainer import ReadGRPOTrainer, check_prompts, check_standardization
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.training_record import MetricsCallback
-from rewarded_lines.training.training_reward import RewardFunctions
 from rewarded_lines.training.training_run import say, training_run
 
 
@@ -66,48 +63,20 @@ def main(argv: Sequence[str]) -> None:
         task.fit(recipe.max_prompt_tokens, training.max_completion_length)
         check_prompts(training, len(task.rows))
         policy = task.load_policy(model_options)
-        spec = task.spec(
-            temperature=training.temperature,
-            top_p=training.top_p,
-            top_k=training.top_k or 0,
-            min_p=training.min_p or 0.0,
-            repetition_penalty=training.repetition_penalty,
-            max_tokens=training.max_completion_length,
-            seed=training.seed,
-            dtype=generation_dtype(model_options, policy),
-        )
+        spec = task.trainer_spec(training, training.max_completion_length)
         task.measure_base(spec, policy)
         say(task.heading("GRPO", f"{len(task.rows)} prompts, {training.num_generations} responses each"))
 
-        rewarded = RewardFunctions(task.reward, task.reader, task.rows, recipe.missing_eos_penalty)
-        training.reward_weights = rewarded.weights
-        # TRL loads the reference model itself, with these arguments.
-        training.model_init_kwargs = reference_loading(model_options)
-        # The tokenizer's template already contains the project's variables.
-        training.chat_template_kwargs = None
         with trainer_settings():
             trainer = ReadGRPOTrainer(
                 model=policy,
-                args=training,
-                reader=task.reader,
-                chats=task.chats,
-                reward_funcs=rewarded.functions,
-                train_dataset=Dataset.from_dict(
-                    {"prompt": [packed(prompt) for prompt in task.train_prompts], "row": range(len(task.rows))}
-                ),
-                processing_class=task.tokenizer,
-                peft_config=lora_config(model_options),
                 callbacks=[MetricsCallback(run.folder)],
+                **task.trainer_parts(training, model_options, recipe.missing_eos_penalty),
             )
         trainer.train(resume_from_checkpoint=run.checkpoint)
         if trainer.unscored:
             say(f"{trainer.unscored} of {trainer.responses} training responses had no score; their advantage is 0")
-        task.save(trainer.save_model, run, training)
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        run.finish(
-            lambda: task.measure_gain(spec, policy, run.folder),
-            lambda: task.add_to_project(run),
-        )
+        task.finish(trainer, run, spec)
 
 
 if __name__ == "__main__":

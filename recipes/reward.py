@@ -50,7 +50,7 @@ from rewarded_lines.training.load_models import (
     reward_lora,
     save_tokenizer,
 )
-from rewarded_lines.training.recipe_options import DataOptions, RunOptions
+from rewarded_lines.training.recipe_options import DataOptions, RunOptions, checked_values
 from rewarded_lines.training.register_model import register
 from rewarded_lines.training.training_record import MetricsCallback
 from rewarded_lines.training.training_run import from_main, say, training_run
@@ -139,18 +139,16 @@ def set_own_template(tokenizer: Any, training: RewardConfig, generation: Generat
 
 
 def check(reading: ClassifierReading, pairs: list[Row], data: DataOptions) -> None:
-    """Refuse pairs that the reward model would not read whole."""
+    """Refuse pairs that the reward model would not read whole, and a template that leaves the response out."""
+    with checked_values():
+        RewardSpec(model="model", template=reading.template)
     if reading.template == CHAT:
         whole = [[*row["prompt"], *row[side]] for row in pairs for side in SIDES if isinstance(row["prompt"], list)]
         check_template(reading.tokenizer, whole, "training and validation pairs")
     elif data.system_prompt is not None:
-        raise fail(
-            "a text template does not read the system turn",
-            where="template",
-            expected="template chat, which reads the whole conversation",
-            got=f"{reading.template!r} with `system_prompt`",
-            remedy="leave `template` out, or `system_prompt`",
-        )
+        what, expected = "a text template does not read the system turn", "template chat, which reads all turns"
+        got, remedy = f"{reading.template!r} with `system_prompt`", "leave `template` out, or `system_prompt`"
+        raise fail(what, where="template", expected=expected, got=got, remedy=remedy)
     for row in pairs:
         if key := next((key for side in SIDES if (key := more_than_text(row[side]))), ""):
             what = f"an answer holds `{key}`, and rewards score texts"

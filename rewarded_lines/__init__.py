@@ -17,7 +17,7 @@ _VERBS = {
     "push": "rewarded_lines.hub.push",
     "inspect": "rewarded_lines.merger.inspect",
     "sweep": "rewarded_lines.evaluator.sweep",
-    "score": "rewarded_lines.evaluator.score",
+    "score": "rewarded_lines.evaluator.sweep",
     "search": "rewarded_lines.evaluator.search",
     "choose": "rewarded_lines.evaluator.choose",
     "report": "rewarded_lines.reports.report",

@@ -89,9 +89,9 @@ def listed(names: Sequence[object], most: int) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
-def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Return a remedy with the known word most similar to `word`, or `otherwise` if none is similar."""
-    alike = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", likeness: float = 0.5) -> str:
+    """Return a remedy with the known word most similar to `word`, or `otherwise` if none has this likeness, 0 to 1."""
+    alike = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
     return f"did you mean `{alike[0]}`?" if alike else otherwise
 
 

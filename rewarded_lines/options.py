@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields, replace
 from functools import wraps
@@ -84,6 +85,12 @@ def parse_assignments(given: Mapping[str, Any] | Iterable[str] | None) -> dict[s
     return found
 
 
+def split_named(text: str, names: Iterable[str]) -> list[str]:
+    """Return the parts between commas, such as `a=1` of `a=1,b=2`; the names may have commas, too."""
+    known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.findall(rf"(?:^|,)\s*((?:{known})=[^,]*|[^,]*)", text)
+
+
 def parse_numbers(flag: str, given: Mapping[str, float] | Iterable[str] | None) -> dict[str, float]:
     """Return the texts of a repeated option, each NAME=NUMBER, as a mapping; a mapping stays.
 
@@ -94,7 +101,7 @@ def parse_numbers(flag: str, given: Mapping[str, float] | Iterable[str] | None) 
         return dict(given)
     found: dict[str, float] = {}
     for text in given or ():
-        name, equals, value = text.partition("=")
+        name, equals, value = text.rpartition("=")
         try:
             number = float(value)
         except ValueError:

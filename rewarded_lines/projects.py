@@ -256,13 +256,10 @@ def save_project(path: Path, config: ProjectConfig) -> None:
 
 def unknown_key(key: str, known: list[str], where: str) -> Problem:
     """Return the problem of an unknown key, with the nearest known one."""
-    return Problem(
-        f"unknown key `{key}`",
-        where=where,
-        # A trainer has almost two hundred keys: too many to list.
-        expected="one of " + ", ".join(known) if len(known) <= _MOST_KEYS_SHOWN else "",
-        remedy=did_you_mean(key, known, "remove it, or see --help for the known keys"),
-    )
+    # A trainer has almost two hundred keys: too many to list, and one of them is always a little like the unknown one.
+    many = len(known) > _MOST_KEYS_SHOWN
+    remedy = did_you_mean(key, known, "remove it, or see --help for the known keys", 0.8 if many else 0.5)
+    return Problem(f"unknown key `{key}`", where, "" if many else "one of " + ", ".join(known), remedy=remedy)
 
 
 def _problem(place: str, detail: ErrorDetails) -> Problem:

@@ -18,7 +18,7 @@ from skill_parts.likelihoods import label_scores, text_losses
 from tiny_models import make_tokenizer
 
 from rewarded_lines.merger.open_inputs import plan_merge
-from rewarded_lines.pipelines.stage_parts import FinishedParts
+from rewarded_lines.pipelines.recipe_jobs import FinishedParts
 
 STANZAS = [f"Package: game{at}\nSource: game\nSection: games\nTag: use::viewing, interface::x11" for at in range(3)]
 STANZAS += ["Package: tool\nSection: science\nTag: use::editing,\n use::viewing"]

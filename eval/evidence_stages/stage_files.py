@@ -31,8 +31,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.pipelines.recipe_jobs import digest
 from rewarded_lines.pipelines.round_plan import COMMAND, program
-from rewarded_lines.pipelines.stage_parts import digest
 from rewarded_lines.projects import read_yaml
 
 REPO = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from rewarded_lines.engines.resident import Resident
 from rewarded_lines.folders import atomic_file
 from rewarded_lines.merger.open_inputs import plan_merge
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.pipelines.stage_parts import digest
+from rewarded_lines.pipelines.recipe_jobs import digest
 from skill_parts.likelihoods import label_scores, text_losses
 from skill_parts.texts import SKILLS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.parameters import AsJson, Quiet, Run, run_methods, run_minima, run_rewards
-from rewarded_lines.options import parse_numbers
+from rewarded_lines.options import parse_numbers, split_named
 
 if TYPE_CHECKING:
     from rewarded_lines.evaluator.choose import Chosen
@@ -63,7 +64,7 @@ def choose(
     rewarded-lines choose RUN --knee --method lines
     """
     minima = parse_numbers("--at-least", at_least or ())
-    weighed = parse_numbers("--weights", ",".join(weights).split(",")) if weights else None
+    weighed = _weights_by_name(run, weights) if weights else None
     with progress_bar("Choose", quiet=quiet or as_json) as bar:
         from rewarded_lines.evaluator.choose import choose as run_choose
 
@@ -75,6 +76,12 @@ def choose(
         show_json(chosen.as_dict())
     else:
         _show(chosen)
+
+
+def _weights_by_name(run: Path, texts: list[str]) -> dict[str, float]:
+    from rewarded_lines.evaluator.records import read_header
+
+    return parse_numbers("--weights", split_named(",".join(texts), read_header(run)["rewards"]))
 
 
 def _show(chosen: Chosen) -> None:

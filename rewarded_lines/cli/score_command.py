@@ -33,7 +33,7 @@ def score(
     rewarded-lines score merged --config runs/demo/rewarded-lines.yaml --json
     """
     with progress_bar("Score", quiet=quiet or as_json, unit="point") as bar:
-        from rewarded_lines.evaluator.score import score as run
+        from rewarded_lines.evaluator.sweep import score as run
         from rewarded_lines.reports.summary import summarise
 
         quiet_libraries()

@@ -211,6 +211,9 @@ def _hub_fault(spec: DataSpec, error: Exception) -> UserError:
     got = f"{type(error).__name__}: " + " ".join(str(error).split())[:_BRIEF]
     what = "the data set cannot be loaded"
     remedy = "check the data set's id, and the names of subset, revision and split"
+    if "Unknown split" in got:
+        remedy = "name a split that it has, or a part of one, such as train[:1000] beside train[1000:]; a recipe's "
+        remedy += "`dataset_test_split: null` trains SFT and reward models without validation"
     if Path(str(spec.dataset)).exists():
         remedy = f"a local folder or file is named with `file: {spec.dataset}`"
     if any(word in got.lower() for word in ("connect", "offline", "timed out")):

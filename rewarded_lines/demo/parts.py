@@ -12,8 +12,7 @@ from rewarded_lines.config import ProjectConfig
 from rewarded_lines.demo import movie_reviews as reviews
 from rewarded_lines.demo import waiting_recipe
 from rewarded_lines.demo.demo_settings import CONFIGURED, DemoSettings
-from rewarded_lines.pipelines.recipe_jobs import Watch
-from rewarded_lines.pipelines.stage_parts import Part, digest
+from rewarded_lines.pipelines.recipe_jobs import Part, Watch, digest
 from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, read_yaml, save_project
 from rewarded_lines.recipe_files import files_root
 from rewarded_lines.references import local_path

@@ -20,8 +20,7 @@ from rewarded_lines.engines.vllm_versions import load_vllm
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.extras import require
 from rewarded_lines.folders import folder_lock, refuse_foreign
-from rewarded_lines.pipelines.recipe_jobs import RecipeJobs
-from rewarded_lines.pipelines.stage_parts import FinishedParts, Part, digest
+from rewarded_lines.pipelines.recipe_jobs import FinishedParts, Part, RecipeJobs, digest
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import load_project
 from rewarded_lines.references import local_path

@@ -1,4 +1,4 @@
-"""Evaluators make the records of points; the local one uses one engine in this process."""
+"""Makes the records of points in this process, with one engine; `ray_cluster` does it on many machines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -44,25 +44,12 @@ Finished = tuple[str, Point]
 Result = TypeVar("Result")
 
 
-class Evaluator(Protocol):
-    """Makes records of points, in this process or on workers."""
-
-    @property
-    def width(self) -> int:
-        """How many points it works on at the same time."""
-
-    def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[Finished]:
-        """Yield (key, point) for every key in `missing`, in any order.
-
-        `keys` holds all points that belong together, in order; they decide the batches.
-        """
-
-    def seconds(self) -> dict[str, float]:
-        """Return the seconds spent so far on each kind of work."""
-
-
 class LocalEvaluator:
-    """Generates and scores in this process, with one engine for all points."""
+    """Generates and scores in this process, with one engine for all points.
+
+    Attributes:
+        width: how many points it works on at the same time.
+    """
 
     width = 1
 
@@ -90,9 +77,10 @@ class LocalEvaluator:
             ahead.join()
 
     def evaluate(self, setup: Setup, keys: Keys, missing: Iterable[str]) -> Iterator[Finished]:
-        """Yield the missing points in batches that do not depend on what is missing.
+        """Yield (key, point) for every key in `missing`, in batches that do not depend on what is missing.
 
-        Where scores are made beside the engine, those of a turn have the next turn's time.
+        `keys` holds all points that belong together, in order; they decide the batches. Where scores are made beside
+        the engine, those of a turn have the next turn's time.
         """
         late: deque[tuple[dict[str, Point], int]] = deque()
         for drafts in self._turns(setup, keys, set(missing)):

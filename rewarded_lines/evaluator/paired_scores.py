@@ -123,14 +123,9 @@ def tabulate(runs: Sequence[Run], seed: int = SEED, resamples: int | None = None
     _check_points([point for row in rows for point in row], rewards)
     measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
     objectives = [rewards.index(name) for name in runs[0].objectives]
-    resamples = resamples or resamples_of(runs[0])
+    resamples = resamples or int(runs[0].header.get("sweep", {}).get("resamples", RESAMPLES))
     samples = _resampled(measures, resamples, seed, [str(point.spec) for point, *_ in rows], rewards)
     return Table(rows, rewards, objectives, samples, measures, resamples, seed)
-
-
-def resamples_of(run: Run) -> int:
-    """Return how many resamples a run's project asks for."""
-    return int(run.header.get("sweep", {}).get("resamples", RESAMPLES))
 
 
 def control_sets(run: Run) -> dict[str, int]:

@@ -22,11 +22,11 @@ DEFAULT = "default"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
-def check_name(name: str, where: str = "--name") -> None:
+def check_name(name: str) -> None:
     """Refuse a name that no request could ask for, or that a server uses itself."""
     if re.fullmatch(_NAME, name) is None or name == DEFAULT:
         expected = f"up to 64 letters, digits, dots, underscores and dashes, and not `{DEFAULT}`"
-        raise fail("not a name for a choice", where=where, expected=expected, got=name)
+        raise fail("not a name for a choice", where="--name", expected=expected, got=name)
 
 
 def record_choice(folder: Path, name: str, point: PointSpec, facts: Mapping[str, Any]) -> bool:

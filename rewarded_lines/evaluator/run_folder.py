@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any, overload
 import numpy as np
 
 from rewarded_lines.config import SFT, decides
+from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import UserError, changed, differences, fail
-from rewarded_lines.evaluator.evaluate import Evaluator
+from rewarded_lines.evaluator.evaluate import LocalEvaluator
 from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.ray_cluster import RayEvaluator
 from rewarded_lines.evaluator.recorded_choices import CHOICES_FILE
 from rewarded_lines.evaluator.records import (
     FORMAT,
@@ -36,6 +38,7 @@ from rewarded_lines.folders import folder_lock, refuse_foreign, write_json
 from rewarded_lines.merger.record import versions
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import relative
+from rewarded_lines.rewards.load_rewards import free_all
 from rewarded_lines.trace import span
 
 # The folder with the searches for shapes.
@@ -77,9 +80,9 @@ def stored_run(folder: Path) -> Run:
 class RunFolder:
     """A run folder that this process holds."""
 
-    def __init__(self, folder: Path, setup: Setup, progress: Progress = SILENT) -> None:
+    def __init__(self, folder: Path, setup: Setup, progress: Progress = SILENT, also: Sequence[Prompt] = ()) -> None:
         """Bind the folder, see `open_run`; `before` is its `run.json` when it was opened."""
-        self.folder, self.setup, self.progress = folder, setup, progress
+        self.folder, self.setup, self.progress, self._also = folder, setup, progress, also
         self.before = read_header(folder) if (folder / RUN_FILE).exists() else {}
         # Keys of whole records: the points themselves would fill the memory.
         self._there: set[str] = set()
@@ -88,12 +91,26 @@ class RunFolder:
         self._expected = self._evaluated = 0
         self._started = time.perf_counter()
 
+    @cached_property
+    def evaluator(self) -> LocalEvaluator | RayEvaluator:
+        """Makes points in this process, or with the workers of a Ray cluster."""
+        if self.setup.options.ray is None:
+            return LocalEvaluator(self.setup, self.folder, self._also, self.progress)
+        # They were loaded to be checked. The workers have their own, maybe on this machine.
+        free_all(self.setup.rewards.values())
+        return RayEvaluator(self.setup, self._also, self.progress)
+
+    def close(self) -> None:
+        """Free what makes points."""
+        if "evaluator" in self.__dict__:
+            self.evaluator.close()
+
     def expect(self, count: int) -> None:
         """Set how many points there will be in all, searches included, for the time left."""
         self._expected = count
         self.progress.expect(max(len(self._counted), count))
 
-    def fill(self, setup: Setup, specs: Sequence[PointSpec], evaluator: Evaluator) -> StoredPoints:
+    def fill(self, setup: Setup, specs: Sequence[PointSpec]) -> StoredPoints:
         """Return the points for the prompts of `setup`; missing or damaged ones are made first."""
         self.progress.start("reading earlier points")
         keys = {spec: setup.key(spec) for spec in specs}
@@ -105,7 +122,7 @@ class RunFolder:
             self.progress.advance(there, "points already there")
         if missing:
             names = {key: str(spec) for spec, key in reversed(list(keys.items()))}
-            for key, point in evaluator.evaluate(setup, keys, missing):
+            for key, point in self.evaluator.evaluate(setup, keys, missing):
                 with span("write point"):
                     write_point(point_path(self.folder, key), point)
                 self._there.add(key)
@@ -114,29 +131,23 @@ class RunFolder:
         return StoredPoints(self.folder, list(keys.items()))
 
     @cached_property
-    def _listed(self) -> list[PointSpec]:
+    def listed(self) -> list[PointSpec]:
+        """The points in `run.json` that the project still defines this way."""
         return [spec for spec, _ in listed_points(self.before) if self.setup.methods.declares(spec)]
 
     @cached_property
-    def _added(self) -> list[PointSpec]:
+    def added(self) -> list[PointSpec]:
+        """The points that searches added and the project still defines this way."""
         specs = map(PointSpec.from_dict, self.before.get("added", []))
         return [spec for spec in specs if self.setup.methods.declares(spec)]
 
-    def listed(self) -> list[PointSpec]:
-        """Return the points in `run.json` that the project still defines this way."""
-        return list(self._listed)
-
-    def added(self) -> list[PointSpec]:
-        """Return the points that searches added and the project still defines this way."""
-        return list(self._added)
-
     def add(self, specs: Sequence[PointSpec]) -> None:
         """Add points of a search to `run.json`."""
-        if new := [spec for spec in specs if spec not in self._listed]:
+        if new := [spec for spec in specs if spec not in self.listed]:
             # Kept here: reading all of them for each new one would take as long as the square of their number.
-            self._listed += new
-            self._added += new
-            self.write(self._listed, self._added, self.before.get("tuned"))
+            self.listed += new
+            self.added += new
+            self.write(self.listed, self.added, self.before.get("tuned"))
 
     def write(self, specs: Specs, added: Specs, tuned: Tuned = None, **account: Any) -> None:
         """Write `run.json`; `account` describes the work once all of it is done."""
@@ -146,17 +157,17 @@ class RunFolder:
         points = [{**spec.as_dict(), "key": self._key(spec)} for spec in dict.fromkeys(specs)]
         write_json(self.folder / RUN_FILE, {**_describe(self.setup, self.folder), **content, "points": points})
 
-    def finish(self, evaluator: Evaluator, specs: Specs, added: Specs, tuned: Tuned = None) -> None:
+    def finish(self, specs: Specs, added: Specs, tuned: Tuned = None) -> None:
         """Make the missing points and write `run.json` with an account of the work; see `write`."""
         self.write(specs, added, tuned)
-        self.fill(self.setup, specs, evaluator)
+        self.fill(self.setup, specs)
         # One that compares with the SFT model gives it a tie everywhere.
         telling = [name for name, reward in self.setup.rewards.items() if not reward.reads_sft]
-        sft = self.fill(self.setup, [spec for spec in specs if spec.method == SFT], evaluator)
+        sft = self.fill(self.setup, [spec for spec in specs if spec.method == SFT])
         self.setup.told.extend(note for point in sft for note in _same_scores(point, telling))
         self.progress.start("closing the run")
         total = time.perf_counter() - self._started
-        seconds = {name: round(value, 3) for name, value in {**evaluator.seconds(), "total": total}.items()}
+        seconds = {name: round(value, 3) for name, value in {**self.evaluator.seconds(), "total": total}.items()}
         self.write(specs, added, tuned, evaluated_last=self._evaluated, seconds_last=seconds)
 
     def _key(self, spec: PointSpec) -> str:
@@ -185,8 +196,10 @@ def _same_scores(point: Point, names: Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Progress = SILENT) -> Iterator[RunFolder]:
-    """Hold a run folder, which is created if it does not exist.
+def open_run(
+    folder: Path, setup: Setup, overwrite: bool = False, progress: Progress = SILENT, also: Sequence[Prompt] = ()
+) -> Iterator[RunFolder]:
+    """Hold a run folder, which is created if it does not exist; the engine has room for the prompts `also`, too.
 
     Raises:
         UserError: the folder holds other files, another process holds it, or without `overwrite`, which empties it, it
@@ -202,7 +215,8 @@ def open_run(folder: Path, setup: Setup, overwrite: bool = False, progress: Prog
         for place in ("points", "drafts"):
             for partial in (folder / place).glob(".*.parquet.*"):
                 partial.unlink(missing_ok=True)
-        yield RunFolder(folder, setup, progress)
+        with closing(RunFolder(folder, setup, progress, also)) as run:
+            yield run
 
 
 def _check_identity(folder: Path, setup: Setup, overwrite: bool) -> None:

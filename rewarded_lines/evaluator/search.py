@@ -8,13 +8,12 @@ from pathlib import Path
 
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import did_you_mean, fail
-from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import RUN_FILE, Run, read_header
 from rewarded_lines.evaluator.run_folder import RunFolder, open_run, stored_run
 from rewarded_lines.evaluator.shape_options import ShapeOptions, takes_shape_options
 from rewarded_lines.evaluator.shape_search import FoundShape, find_shape, plan_shape
-from rewarded_lines.evaluator.sweep import check_design, open_evaluator, sweep
+from rewarded_lines.evaluator.sweep import check_design, sweep
 from rewarded_lines.evaluator.sweep_options import SweepOptions, takes_sweep_options
 from rewarded_lines.evaluator.sweep_setup import Setup, open_setup
 from rewarded_lines.evaluator.weight_designs import Weights
@@ -114,13 +113,11 @@ def search(
     chosen = _chosen(setup, methods, folder)
     with open_run(folder, setup, progress=progress) as held:
         check_design(held)
-        listed = held.listed()
-        there = {name: sum(spec.method == name for spec in listed) for name in chosen}
+        there = {name: sum(spec.method == name for spec in held.listed) for name in chosen}
         _check_room(setup, [name for name in chosen if not there[name]], points)
-        held.expect(len({PointSpec(SFT), *listed}) + sum(max(0, points - one) for one in there.values()))
-        with open_evaluator(setup, folder, progress=progress) as make:
-            found = [_search_one(held, make, name, points, gain) for name in chosen]
-            held.finish(make, held.listed(), held.added(), held.before.get("tuned"))
+        held.expect(len({PointSpec(SFT), *held.listed}) + sum(max(0, points - one) for one in there.values()))
+        found = [_search_one(held, name, points, gain) for name in chosen]
+        held.finish(held.listed, held.added, held.before.get("tuned"))
     return stored_run(folder), found
 
 
@@ -184,19 +181,19 @@ def _chosen(setup: Setup, methods: Sequence[str], folder: Path) -> list[str]:
     return list(dict.fromkeys(methods)) or merged
 
 
-def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, gain: float) -> Found:
+def _search_one(run: RunFolder, name: str, points: int, gain: float) -> Found:
     setup, rewards = run.setup, run.setup.objectives
-    (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
-    start = [spec for spec in run.listed() if spec.method == name]
+    (sft,) = run.fill(setup, [PointSpec(SFT)])
+    start = [spec for spec in run.listed if spec.method == name]
     first = [] if start else setup.methods.grid(name, setup.methods.design.first)
-    places, means = _measured(run, start or first, evaluator)
+    places, means = _measured(run, start or first)
     run.add(first)
     added = len(first)
     while True:
         room, above = points - len(places), SFT
         reference = sft.means(rewards)
         # One proposal even when the budget is spent, to report its potential.
-        width = max(1, min(evaluator.width, room))
+        width = max(1, min(run.evaluator.width, room))
         proposals, (volume, error) = _proposals(places, means, reference, width), careful(means, reference)
         if not proposals and not volume and len(rewards) > _FEW:
             above, reference = WORST, _worst(places, [*means, reference])
@@ -206,7 +203,7 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
         if room <= 0 or not worth:
             break
         specs = [setup.methods.at(name, setup.methods.weights_at(place)) for place in worth]
-        more = _measured(run, specs, evaluator)
+        more = _measured(run, specs)
         places, means = places + more[0], means + more[1]
         added += len(specs)
         run.add(specs)
@@ -217,12 +214,10 @@ def _search_one(run: RunFolder, evaluator: Evaluator, name: str, points: int, ga
     return Found(name, len(places), added, volume, error, mixed, potential, reason, above)
 
 
-def _measured(
-    run: RunFolder, specs: Sequence[PointSpec], evaluator: Evaluator
-) -> tuple[list[Weights], list[list[float]]]:
+def _measured(run: RunFolder, specs: Sequence[PointSpec]) -> tuple[list[Weights], list[list[float]]]:
     """Return where points lie on the simplex, and their mean scores; missing ones are made first."""
     setup, places, means = run.setup, [], []
-    for point in run.fill(setup, specs, evaluator):
+    for point in run.fill(setup, specs):
         places.append(setup.methods.place(point.spec.weights))
         means.append(point.means(setup.objectives))
     return places, means

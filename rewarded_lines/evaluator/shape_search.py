@@ -18,13 +18,11 @@ from rewarded_lines.config import SFT, TUNED, TuneSpec
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.depth_shapes import ShapeSpace, shaped_merge
-from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run, read_header
 from rewarded_lines.evaluator.run_folder import SHAPES, RunFolder, open_run
 from rewarded_lines.evaluator.shape_options import ShapeOptions
-from rewarded_lines.evaluator.sweep import open_evaluator
 from rewarded_lines.evaluator.sweep_setup import Setup
 from rewarded_lines.evaluator.tune import validation_rows, worth
 from rewarded_lines.folders import json_object_in, write_json
@@ -140,15 +138,14 @@ def find_shape(
     space, rows = plan_shape(setup, options)
     count = setup.project.config.sweep.points or setup.methods.design.usual
     each, tested = (len(setup.methods.design.weights(points)) for points in (options.trial_points, count))
-    with open_run(folder, setup, progress=progress) as run:
+    with open_run(folder, setup, progress=progress, also=[row["prompt"] for row in rows]) as run:
         run.expect(2 * (2 * options.trials * each + 1) + 5 * tested + 1)
-        with open_evaluator(setup, folder, [row["prompt"] for row in rows], progress) as evaluator:
-            lines = Search(run, evaluator, options, ShapeSpace("linear", 2, 1, space.most), rows)
-            first, last = lines.best(_KNOWN).numbers
-            tuned = Line(round(first, 2), round(last - first, 2))
-            search = Search(run, evaluator, options, space, rows)
-            scales = space.scales(search.best((tuned, *_KNOWN)).numbers, search.blocks)
-            compared = _compared(run, evaluator, scales, tuned, count)
+        lines = Search(run, options, ShapeSpace("linear", 2, 1, space.most), rows)
+        first, last = lines.best(_KNOWN).numbers
+        tuned = Line(round(first, 2), round(last - first, 2))
+        search = Search(run, options, space, rows)
+        scales = space.scales(search.best((tuned, *_KNOWN)).numbers, search.blocks)
+        compared = _compared(run, scales, tuned, count)
     found = _found(compared, search, scales, tuned)
     search.write(found=asdict(found))
     return compared, found
@@ -157,11 +154,9 @@ def find_shape(
 class Search:
     """The search of one space of shapes on validation prompts; `file` keeps its `trials`."""
 
-    def __init__(
-        self, run: RunFolder, evaluator: Evaluator, options: ShapeOptions, space: ShapeSpace, rows: list[Row]
-    ) -> None:
+    def __init__(self, run: RunFolder, options: ShapeOptions, space: ShapeSpace, rows: list[Row]) -> None:
         """Read the trials of an earlier search with these settings."""
-        self._run, self._evaluator, self.options, self._space = run, evaluator, options, space
+        self._run, self.options, self._space = run, options, space
         self.blocks = max(run.setup.plan.depths.stacks.values())
         first = options.screen or len(rows)
         self._parts = [run.setup.on(part) for part in (rows[:first], rows[first:]) if part]
@@ -225,7 +220,7 @@ class Search:
     def _worth(self, parts: Sequence[Setup], merges: Sequence[MergeSpec]) -> tuple[float, float]:
         """Return a front's hypervolume above SFT on these prompts, and the largest mean KL of its points."""
         specs = [PointSpec(SFT), *(PointSpec(SHAPE, merge) for merge in merges)]
-        found = [self._run.fill(part, specs, self._evaluator) for part in parts]
+        found = [self._run.fill(part, specs) for part in parts]
         sft, *front = (_joined(points) for points in zip(*found, strict=True))
         rewards = self._run.setup.objectives
         return worth([one.means(rewards) for one in front], sft, rewards), max(float(one.kl.mean()) for one in front)
@@ -250,7 +245,7 @@ def _sampler(options: ShapeOptions, number: int) -> Any:
         return import_module("optuna_integration").BoTorchSampler(n_startup_trials=_RANDOM, seed=seed)
 
 
-def _compared(run: RunFolder, evaluator: Evaluator, scales: list[list[float]], tuned: Line, count: int) -> Run:
+def _compared(run: RunFolder, scales: list[list[float]], tuned: Line, count: int) -> Run:
     """Return all schedules on the test prompts, each at the λ of a sweep with `count`."""
     setup, specs = run.setup, [PointSpec(SFT)]
     for weights in setup.methods.weights(count):
@@ -259,7 +254,7 @@ def _compared(run: RunFolder, evaluator: Evaluator, scales: list[list[float]], t
         shape = shaped_merge(weights, scales)
         flat = MergeSpec(weights, setup.plan.matched_alpha(weights, shape), 0.0)
         specs += [PointSpec(UNIFORM, flat), PointSpec(SHAPE, shape)]
-    return Run(run.folder, read_header(run.folder), run.fill(setup, specs, evaluator))
+    return Run(run.folder, read_header(run.folder), run.fill(setup, specs))
 
 
 def _found(run: Run, search: Search, scales: list[list[float]], tuned: Line) -> FoundShape:

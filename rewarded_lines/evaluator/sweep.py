@@ -1,15 +1,14 @@
-"""The verb `sweep`: generates and scores every λ of every method and the SFT model; can resume."""
+"""The verbs `sweep`, which measures every λ of every method beside SFT, and `score`, which measures one model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from rewarded_lines.config import TuneSpec
-from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.config import POLICIES, TuneSpec
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluator.evaluate import Evaluator, LocalEvaluator
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Run
 from rewarded_lines.evaluator.run_folder import RunFolder, open_run, stored_run
@@ -19,7 +18,7 @@ from rewarded_lines.evaluator.tune import most_points, tune, validation_rows
 from rewarded_lines.evaluator.weight_designs import SPREAD, Design
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import Project, load_project
-from rewarded_lines.rewards.load_rewards import free_all
+from rewarded_lines.references import looks_local
 from rewarded_lines.trace import traced
 
 
@@ -62,18 +61,59 @@ def sweep(
     folder = Path(out) if out is not None else project.root / "sweep"
     progress.start("laying out the points")
     specs = setup.methods.points(count)
-    with open_run(folder, setup, overwrite, progress) as run:
+    with open_run(folder, setup, overwrite, progress, [row["prompt"] for row in validation]) as run:
         check_design(run)
         for fact in _plan(setup, specs, spec, count):
             progress.tell(fact)
-        added = [one for one in run.added() if one.method in setup.methods.specs]
+        added = [one for one in run.added if one.method in setup.methods.specs]
         run.expect(len({*specs, *added}) + (most_points(setup, spec, count) if spec else 0))
         run.write([*specs, *added], added)
-        also = [row["prompt"] for row in validation]
-        with open_evaluator(setup, folder, also, progress) as make:
-            found, tuned = tune(run, make, spec, validation, count) if spec else (None, [])
-            run.finish(make, [*specs, *tuned, *added], added, found)
+        found, tuned = tune(run, spec, validation, count) if spec else (None, [])
+        run.finish([*specs, *tuned, *added], added, found)
     return stored_run(folder)
+
+
+@takes_sweep_options(without=("ray", "workers"))
+@traced
+def score(
+    model: Path | str,
+    config: Path | str | Project = "rewarded-lines.yaml",
+    *,
+    out: Path | str | None = None,
+    options: SweepOptions,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Run:
+    """Evaluate one model as a sweep does: a merged or trained policy, or a LoRA adapter over the base.
+
+    Args:
+        model: its folder, from the working directory, or a Hub id.
+        config: the project file, or a loaded project: base, rewards, prompts, generation.
+        out: a run folder that keeps the records for `report`; by default nothing is kept.
+        options: all of `sweep` but `ray` and `workers`; for `overwrite` and `progress` see `sweep`, too.
+
+    Returns:
+        A run of two points: the SFT model, and the model as the one policy.
+
+    Raises:
+        UserError: as for `sweep`.
+    """
+    project = config if isinstance(config, Project) else load_project(config)
+    reference = str(model)
+    if looks_local(reference) or Path(reference).exists():
+        if not Path(reference).is_dir():
+            raise fail("no such model", where=reference, expected="a model's folder, an adapter's, or a Hub id")
+        reference = str(Path(reference).resolve())
+    name = Path(reference).name
+    settings = project.config.sweep.model_copy(update={"methods": {POLICIES: None}, "tune": None, "design": None})
+    alone = project.config.model_copy(
+        update={"policies": {name: reference}, "mixtures": {}, "baselines": {}, "sweep": settings}
+    )
+    project = replace(project, config=alone)
+    with tempfile.TemporaryDirectory() as scratch:
+        done = sweep(project, out=out or scratch, options=options, overwrite=overwrite, progress=progress)
+        # Both points, before their files go.
+        return replace(done, points=list(done.points))
 
 
 def _count(project: Project, points: int | None) -> int:
@@ -109,20 +149,3 @@ def _plan(setup: Setup, specs: Sequence[PointSpec], tune_spec: TuneSpec | None, 
     mixtures = setup.methods.mixtures
     notes = mixtures.notes(setup.methods.weights(count)) if mixtures else []
     return [f"{len(setup.prompts):,} prompts for each of {len(specs):,} points: 1 of sft, {each}{more}", *notes]
-
-
-@contextmanager
-def open_evaluator(
-    setup: Setup, folder: Path, also: Sequence[Prompt] = (), progress: Progress = SILENT
-) -> Iterator[Evaluator]:
-    """Yield an evaluator in this process, or one with the workers of a Ray cluster."""
-    if setup.options.ray is None:
-        with closing(LocalEvaluator(setup, folder, also, progress)) as local:
-            yield local
-        return
-    from rewarded_lines.evaluator.ray_cluster import RayEvaluator
-
-    # They were loaded to be checked. The workers have their own, maybe on this machine.
-    free_all(setup.rewards.values())
-    with closing(RayEvaluator(setup, also, progress)) as cluster:
-        yield cluster

@@ -11,7 +11,6 @@ from rewarded_lines.config import SFT, TUNED, TuneSpec
 from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.errors import fail
-from rewarded_lines.evaluator.evaluate import Evaluator
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.project_methods import check_merge
 from rewarded_lines.evaluator.records import Point
@@ -62,9 +61,7 @@ def most_points(setup: Setup, spec: TuneSpec, count: int) -> int:
     return 1 + spec.trials * trial + best
 
 
-def tune(
-    run: RunFolder, evaluator: Evaluator, spec: TuneSpec, rows: list[Row], count: int
-) -> tuple[dict[str, Any], list[PointSpec]]:
+def tune(run: RunFolder, spec: TuneSpec, rows: list[Row], count: int) -> tuple[dict[str, Any], list[PointSpec]]:
     """Search α and β for the largest hypervolume on validation prompts.
 
     With many rewards no point may be above SFT on all of them, see `worth`.
@@ -81,7 +78,7 @@ def tune(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     setup = run.setup.on(rows)
-    (sft,) = run.fill(setup, [PointSpec(SFT)], evaluator)
+    (sft,) = run.fill(setup, [PointSpec(SFT)])
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=spec.seed))
     for alpha, beta in _KNOWN:
         if spec.alpha[0] <= alpha <= spec.alpha[1] and spec.beta[0] <= beta <= spec.beta[1]:
@@ -91,7 +88,7 @@ def tune(
     for _ in range(spec.trials):
         trial = study.ask()
         alpha, beta = (_suggest(trial, name, getattr(spec, name)) for name in ("alpha", "beta"))
-        front = run.fill(setup, _points(run.setup, spec, alpha, beta, spec.points or count), evaluator)
+        front = run.fill(setup, _points(run.setup, spec, alpha, beta, spec.points or count))
         means = [point.means(setup.objectives) for point in front]
         study.tell(trial, worth(means, sft, setup.objectives))
     best = study.best_trial

@@ -13,6 +13,7 @@ from typing import Any
 from rewarded_lines.checkpoints.module_kinds import KINDS
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule
+from rewarded_lines.options import split_named
 
 # α or β, coefficients by block, factors by kind of module, as Python's callers give them.
 Values = float | str | Sequence[str] | Mapping[str, float] | None
@@ -80,7 +81,7 @@ def named_schedules(own: str, given: Sequence[Any], outside: Outside) -> tuple[S
     for form in given[:3]:
         texts = [form] if isinstance(form, str) else form if isinstance(form, list | tuple) else ()
         inline = [text for text in texts if isinstance(text, str) and not os.path.isfile(text)]
-        parts = [part for text in inline for part in _parts(text, [own]) if "=" in part]
+        parts = [part for text in inline for part in split_named(text, [own]) if "=" in part]
         named |= dict.fromkeys(
             form if isinstance(form, Mapping) else (part.rpartition("=")[0].strip() for part in parts)
         )
@@ -155,7 +156,7 @@ def _pairs(option: str, given: Any, policies: Sequence[str], root: Path | None) 
 
 def _from_text(option: str, text: str, policies: Sequence[str], root: Path | None) -> list[tuple[str, Any]]:
     if option != "--schedule":
-        pairs = [part.rpartition("=") for part in _parts(text, policies)]
+        pairs = [part.rpartition("=") for part in split_named(text, policies)]
         return [(name.strip(), value) for name, _, value in pairs]
     if named := [name for name in policies if text.startswith(f"{name}=")]:
         # Names may have `=` in them, as folders of merged models have.
@@ -169,12 +170,6 @@ def _from_text(option: str, text: str, policies: Sequence[str], root: Path | Non
         expected = "coefficients such as 1,1,1.2 or a file with them, for one of several policies POLICY=1,1,1.2"
         raise fail("neither coefficients nor a file", where=option, expected=expected, got=text)
     return _from_file(path, policies)
-
-
-def _parts(text: str, policies: Sequence[str]) -> list[str]:
-    """Return the parts between commas; the policies' names may have commas, too."""
-    known = "|".join(re.escape(name) for name in sorted(policies, key=len, reverse=True))
-    return re.findall(rf"(?:^|,)\s*((?:{known})=[^,]*|[^,]*)", text)
 
 
 def _from_file(path: Path, policies: Sequence[str]) -> list[tuple[str, Any]]:

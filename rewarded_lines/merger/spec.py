@@ -19,6 +19,7 @@ from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule, brief_
 from rewarded_lines.merger.method_row import OptionValue
 from rewarded_lines.merger.methods import METHODS, check_method
 from rewarded_lines.merger.schedule_forms import recorded_schedule
+from rewarded_lines.options import split_named
 
 TOLERANCE = 1e-6
 # File systems take names of 255 bytes; an unfinished output has more than its own.
@@ -84,7 +85,7 @@ def parse_weights(
 
 def _by_name(text: str, names: Sequence[str]) -> list[str]:
     """Return the weights of `a=0.2,c=0.8` in the order of the names; a ValueError for other or repeated names."""
-    pairs = [(name.strip(), weight) for name, _, weight in (part.rpartition("=") for part in text.split(","))]
+    pairs = [(name.strip(), weight) for name, _, weight in (part.rpartition("=") for part in split_named(text, names))]
     found = dict(pairs)
     if len(found) < len(pairs) or not found.keys() <= set(names):
         raise ValueError(text)

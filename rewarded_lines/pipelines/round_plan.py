@@ -21,9 +21,8 @@ from rewarded_lines.merger.merge import merge
 from rewarded_lines.merger.merge_options import MergeOptions
 from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.pipelines.recipe_jobs import Watch
+from rewarded_lines.pipelines.recipe_jobs import Part, Watch, digest
 from rewarded_lines.pipelines.round_options import RoundOptions
-from rewarded_lines.pipelines.stage_parts import Part, digest
 from rewarded_lines.projects import PROJECT_FILE, Project, named_places, save_project, with_places
 from rewarded_lines.references import local_path, relative
 

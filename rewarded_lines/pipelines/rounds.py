@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shlex
@@ -22,10 +24,9 @@ from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.preferences import Weights
 from rewarded_lines.merger.schedule_forms import FORMS, read_schedule
 from rewarded_lines.options import takes_fields
-from rewarded_lines.pipelines.recipe_jobs import RecipeJobs, Watch
+from rewarded_lines.pipelines.recipe_jobs import FinishedParts, Part, RecipeJobs, Watch
 from rewarded_lines.pipelines.round_options import DECIDED, RoundOptions
 from rewarded_lines.pipelines.round_plan import RoundPlan, program
-from rewarded_lines.pipelines.stage_parts import FinishedParts, Part
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.projects import load_project
 
@@ -164,10 +165,12 @@ def _commands(train: Sequence[str], objectives: Sequence[str]) -> dict[str, list
 
 def _check_commands(commands: Mapping[str, Sequence[str]]) -> None:
     problems = [] if commands else [Problem("no policy to train", "--train", remedy="declare rewards in the project")]
-    for words in {tuple(words): None for words in commands.values()}:
+    for words, name in {tuple(words): name for name, words in commands.items()}.items():
         where, options = f"--train {shlex.join(words)}", [word.partition("=")[0] for word in words]
         if not Path(program(words[0])).is_file():
-            problems.append(Problem("no such program", where, got=words[0]))
+            # NAME=VALUE COMMAND, as for a shell.
+            remedy = f"set {name} before `rewarded-lines rounds`, whose commands inherit it" if name.isupper() else ""
+            problems.append(Problem("no such program", where, got=words[0], remedy=remedy))
         missing = [word for word in words if word.endswith(_FILES) and not Path(word.rpartition("=")[2]).is_file()]
         problems += [Problem("no such file", where, got=word) for word in missing]
         decided = [word for word in options if word in _REFUSED]
@@ -242,7 +245,9 @@ def _write_state(plan: RoundPlan, finished: FinishedParts) -> None:
     lines = [["round", *(f"{name}{end}" for name in scores[0] for end in ("", "_low", "_high"))]] if scores else []
     lines += [[str(number), *(str(x) for one in row.values() for x in one.values())] for number, row in scores.items()]
     if lines:
-        write_bytes(plan.out / TABLE_FILE, "".join(",".join(line) + "\n" for line in lines).encode())
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows(lines)
+        write_bytes(plan.out / TABLE_FILE, table.getvalue().encode())
 
 
 class PolicyProgress(Progress):

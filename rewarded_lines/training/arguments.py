@@ -8,42 +8,37 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
-from trl import SFTConfig
+from transformers import HfArgumentParser
 
-from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.errors import UserError, fail
 from rewarded_lines.processes import die_with_parent, termination_as_exit
-from rewarded_lines.projects import read_yaml, unknown_key
+from rewarded_lines.projects import read_yaml
+from rewarded_lines.training.refused_keys import check_trackers, check_trainer, unknown_recipe_key
 
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0
 _PATIENCE_SECONDS = 24 * 3600
-# Keys of earlier versions of TRL and transformers, and what to write now.
-_EARLIER = {
-    "torch_dtype": "write `dtype`",
-    "warmup_ratio": "write `warmup_steps`: a number below 1 is the share of all steps",
-    "max_prompt_length": "leave it out; `too_long: truncate` shortens prompts that do not fit",
-    "rpo_alpha": "write `loss_type: [sigmoid, sft]` and `loss_weights: [1.0, ALPHA]`",
-    "group_by_length": "write `train_sampling_strategy: group_by_length`",
-    "no_cuda": "write `use_cpu: true`",
-    "overwrite_output_dir": "write `overwrite: true`",
-    "logging_dir": "leave it out, or set the variable TENSORBOARD_LOGGING_DIR",
-    "save_safetensors": "leave it out: weights are always saved as safetensors",
-    "reward_funcs": "declare rewards in the project, and name them with `reward` or `rewards`",
-    "rloo_k": "write `num_generations`",
-    "kl_coef": "write `beta`",
-}
+# transformers and TRL annotate these as text, but take true and false as well.
+_TRUE_OR_TEXT = ("fsdp", "scale_rewards")
+_ROUND = (
+    "that batch is `per_device_train_batch_size` × `steps_per_generation`, by default `gradient_accumulation_steps`, "
+    "× the number of processes: change one of these, or `num_generations`"
+)
+# What vLLM and earlier versions of transformers write for "no limit", and the word of today's transformers.
+_OFF: dict[str, tuple[Any, Any]] = {"top_k": (-1, 0), "max_grad_norm": (None, 0.0)}
+# Keys of folders and files; those of the data and `output_dir` are read so elsewhere.
+_PATHS = ("model_name_or_path", "project_file", "critic_model", "chat_template_path", "pairs_file", "samples_file")
 # The variable in which `accelerate launch` passes the precision of its own configuration on.
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
 
@@ -82,9 +77,14 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
         if action.dest in refused:
             action.help = argparse.SUPPRESS
     parser.add_argument("--config", metavar="FILE.yaml", help="the keys below, in a file; options override it")
+    lists = _widen(parser, dataclass_types)
     fields = [[field.name for field in dataclasses.fields(cls) if field.init] for cls in dataclass_types]
     known = [name for names in fields for name in names]
     content, options = _sources(argv, known)
+    single = {one.dest for one in parser._actions if one.nargs is None and one.type in (str, int, float)}
+    for key, value in content.items():
+        if isinstance(value, list) and len(value) != 1 and key in single:
+            raise fail("this key takes one value", where=key, got=", ".join(map(str, value)) or "none")
     content |= {_key_of(name, known): None for name, value in options if value == ["null"]}
     given = frozenset([*map(str, content), *(_key_of(name, known) for name, _ in options)])
     # YAML reads the choice `no` as false.
@@ -96,6 +96,7 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
     values, rest = parser.parse_known_args(words)
     if rest:
         raise fail("values that belong to no key", where=WHERE, got=" ".join(rest))
+    _unify(values, lists)
     _follow_machine(values, given)
     _set_accumulation(values, given)
     try:
@@ -104,11 +105,12 @@ def parse_recipe(dataclass_types: Sequence[type], argv: Sequence[str], descripti
             for cls, names in zip(dataclass_types, fields, strict=True)
         ]
     except (ValueError, TypeError) as error:
-        raise fail(str(error), where=WHERE) from error
+        remedy = _ROUND if "divisible by num_generations" in str(error) else ""
+        raise fail(str(error), where=WHERE, remedy=remedy) from error
     arguments = Arguments(made)
     arguments.given = given
-    _check_trackers(arguments)
-    _check_trainer(arguments)
+    check_trackers(arguments)
+    check_trainer(arguments, arguments.given)
     return arguments
 
 
@@ -168,17 +170,41 @@ def _sources(argv: Sequence[str], known: list[str]) -> tuple[dict[str, Any], lis
     content, problems = {}, []
     for (file,) in files:
         content = read_yaml(Path(file))
-        problems = [_unknown(str(key), known, file) for key in content if key not in known]
+        problems = [unknown_recipe_key(str(key), known, file) for key in content if key not in known]
     keys = [_key_of(name, known) for name, _ in options]
-    problems += [_unknown(key, known, "command line") for key in keys if key not in [*known, "help"]]
+    problems += [unknown_recipe_key(key, known, "command line") for key in keys if key not in [*known, "help"]]
     if problems:
         raise UserError(problems)
     return content, options
 
 
-def _unknown(key: str, known: list[str], where: str) -> Problem:
-    problem = unknown_key(key, known, where)
-    return replace(problem, remedy=_EARLIER.get(key, problem.remedy))
+def _widen(parser: argparse.ArgumentParser, dataclass_types: Sequence[type]) -> list[str]:
+    """Let keys take all that their class does: HfArgumentParser knows one type for each. Return the keys of lists."""
+    hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+    lists = [name for name, hint in hints.items() if {str, list} <= {get_origin(one) or one for one in get_args(hint)}]
+    for action in parser._actions:
+        if action.dest in _TRUE_OR_TEXT:
+            action.type = _true_or_text
+        if action.dest in lists:
+            action.nargs = "*"
+    return lists
+
+
+def _unify(values: argparse.Namespace, lists: Sequence[str]) -> None:
+    """Make a list of one value that value, words for "no limit" those of today's transformers, and `~` a folder."""
+    for key in lists:
+        if isinstance(value := getattr(values, key), list) and len(value) == 1:
+            setattr(values, key, value[0])
+    for key, (theirs, ours) in _OFF.items():
+        if getattr(values, key, ours) == theirs:
+            setattr(values, key, ours)
+    for key in _PATHS:
+        if isinstance(value := getattr(values, key, None), str):
+            setattr(values, key, os.path.expanduser(value))
+
+
+def _true_or_text(word: str) -> bool | str:
+    return {"true": True, "false": False}.get(word.lower(), word)
 
 
 def _key_of(name: str, known: list[str]) -> str:
@@ -217,13 +243,22 @@ def _follow_machine(values: argparse.Namespace, given: Collection[str]) -> None:
         os.environ[_PRECISION] = "no"
 
 
+def sharing_size() -> int:
+    """Return how many processes share each example: parts of its sequence or of the model's tensors.
+
+    Accelerate's `parallelism_config` says so, as in TRL's `context_parallel_2gpu.yaml`.
+    """
+    sizes = (os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1") for kind in ("TP", "CP", "SP"))
+    return math.prod(map(int, sizes))
+
+
 def _set_accumulation(values: argparse.Namespace, given: Collection[str]) -> None:
     """Set the gradient accumulation that makes the batch of all processes the effective one."""
     effective = getattr(values, "effective_batch_size", None)
     if effective is None:
         return
     where, got = "effective_batch_size", str(effective)
-    each, processes = values.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+    each, processes = values.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1")) // sharing_size()
     if each is None:
         raise fail("not a batch", where="per_device_train_batch_size", expected="1 or more examples", got="null")
     if min(each, effective) < 1:
@@ -240,41 +275,3 @@ def _set_accumulation(values: argparse.Namespace, given: Collection[str]) -> Non
         expected = f"{each} × {stated} × {processes} = {each * stated * processes}"
         raise fail(what, where=where, expected=expected, got=got, remedy=remedy)
     values.gradient_accumulation_steps = steps
-
-
-def _check_trainer(arguments: Arguments) -> None:
-    """Refuse keys of the trainer that would fail after the first work, or have no effect."""
-    faults = []
-    for training in (part for part in arguments if isinstance(part, TrainingArguments)):
-        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if (getattr(training, key) or 0) < 1:
-                faults.append((f"not a number of examples or steps: {getattr(training, key)}", key, "write 1 or more"))
-        if training.push_to_hub:
-            remedy = "leave it out; upload the result: rewarded-lines push FOLDER OWNER/NAME"
-            faults.append(("recipes upload nothing", "push_to_hub", remedy))
-        # Only SFT has a loss on validation rows.
-        sft = isinstance(training, SFTConfig)
-        if training.eval_strategy != "no" and not (sft and {"validation_file", "dataset_name"} & arguments.given):
-            remedy = "name a `validation_file`" if sft else "leave it out: policies are measured after the training"
-            faults.append(("no rows to evaluate on while training", "eval_strategy", remedy))
-    if "model_init_kwargs" in arguments.given:
-        remedy = "write `dtype`, `attn_implementation` and the like"
-        faults.append(("without effect: the recipe loads the model", "model_init_kwargs", remedy))
-    if faults:
-        raise UserError(Problem(what, where=where, remedy=remedy) for what, where, remedy in faults)
-
-
-def _check_trackers(arguments: Arguments) -> None:
-    """Refuse unknown or missing trackers before the long work, not when the trainer is built."""
-    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-
-    present, problems = ["all", "none", *get_available_reporting_integrations()], []
-    for name in (name for part in arguments for name in getattr(part, "report_to", None) or []):
-        if name not in present and name in INTEGRATION_TO_CALLBACK:
-            remedy = f"pip install {name}, or set `report_to: none`"
-            problems.append(Problem(f"`{name}` is not installed", where="report_to", remedy=remedy))
-        elif name not in present:
-            known = ", ".join([*INTEGRATION_TO_CALLBACK, "none"])
-            problems.append(Problem(f"unknown tracker `{name}`", where="report_to", expected=f"one of {known}"))
-    if problems:
-        raise UserError(problems)

@@ -61,7 +61,9 @@ class Demonstrations:
         config = load_generation_config(base) if base else None
         self._base_ends = end_tokens(tokenizer, config)
         self.ends = end_tokens(self.tokenizer, config, generation.stop_token_ids)
-        self._training, self._positions = training, positions_of(load_config(base)) if base else None
+        self._training = training
+        # The tokenizer of a model from scratch knows the model's positions.
+        self._positions = positions_of(load_config(base)) if base else tokenizer.model_max_length
 
     @property
     def added_ends(self) -> frozenset[int]:
@@ -76,13 +78,13 @@ class Demonstrations:
         self._check_tools(rows, where)
         most = min((limit for limit in (self._training.max_length, self._positions) if limit), default=None)
         wrapped = self._training.packing and self._training.packing_strategy == "wrapped"
-        if most is None or wrapped or self._cloned:
+        if most is None or self._cloned:
             return list(rows)
-        if "text" in rows[0]:
-            over = sum(length > most for length in self._lengths(rows))
+        if wrapped or "text" in rows[0]:
+            self._training.max_length = most
+            over = 0 if wrapped else sum(length > most for length in self._lengths(rows))
             if over:
                 tell(f"{where}: {over} of {len(rows)} texts are longer than {most} tokens and are cut there")
-            self._training.max_length = most
             return list(rows)
         limit = Limit("the model", most, "max_length, or its positions", self._lengths)
         return fit(rows, [limit], too_long, where, tell)

@@ -49,7 +49,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def load_policy(reference: str, options: ModelConfig) -> PreTrainedModel:
     """Return a causal language model with the dtype, attention and quantization of `options`."""
-    return _load(AutoModelForCausalLM, reference, "model", **_loading(options))
+    model: PreTrainedModel = _load(AutoModelForCausalLM, reference, "model", **_loading(options))
+    _check_dtype(model, reference, options)
+    return model
 
 
 def load_classifier(reference: str, options: ModelConfig) -> PreTrainedModel:
@@ -63,10 +65,22 @@ def load_classifier(reference: str, options: ModelConfig) -> PreTrainedModel:
         model, found = _load(
             AutoModelForSequenceClassification, reference, "model", num_labels=1, output_loading_info=True, **loading
         )
+    _check_dtype(model, reference, options)
     missing = [name for name in found["missing_keys"] if not _HEADS.intersection(name.split("."))]
     if missing:
         raise fail("weights are missing from the model", where=reference, got=", ".join(sorted(missing)[:3]))
     return model
+
+
+def _check_dtype(model: PreTrainedModel, reference: str, options: ModelConfig) -> None:
+    """Refuse to train all weights in float16: the squares of small gradients are 0 there, and AdamW divides by them."""
+    if model.dtype == torch.float16 and not options.use_peft:
+        raise fail(
+            "whole models cannot be trained in float16: their weights become infinite",
+            where="dtype",
+            got=f"{options.dtype}, for {reference}",
+            remedy="write `dtype: float32` or `dtype: bfloat16`, or train LoRA with `use_peft: true`",
+        )
 
 
 def load_critic(base: str, options: ModelConfig, start: str | None = None) -> PreTrainedModel:
@@ -110,11 +124,13 @@ def lora_config(options: ModelConfig, task: str = "CAUSAL_LM") -> LoraConfig | N
     if config is None:
         return None
     config.task_type = task
-    if config.target_modules is None:
+    wanted = config.target_modules
+    # LLaMA-Factory's word for all is the second.
+    if wanted in (None, "all"):
         config.target_modules = "all-linear"
-    elif isinstance(config.target_modules, str) and config.target_modules.isidentifier():
-        # TRL turns a list of one name into a text, which PEFT would match against full names.
-        config.target_modules = [config.target_modules]
+    elif isinstance(wanted, str) and all(name.strip().isidentifier() for name in wanted.split(",")):
+        # TRL turns a list of one name into a text, which PEFT would match against full names; others write commas.
+        config.target_modules = [name.strip() for name in wanted.split(",")]
     return config
 
 

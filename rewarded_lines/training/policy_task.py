@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from datasets import Dataset
+from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from rewarded_lines.checkpoints.hashing import weights_hash
@@ -23,12 +24,23 @@ from rewarded_lines.rewards.load_rewards import reward_limits
 from rewarded_lines.rewards.reward import columns_of
 from rewarded_lines.training.gains import check_scored, describe, paired_gain, summary
 from rewarded_lines.training.generation_config import keep_generation_config, plain_generation
-from rewarded_lines.training.load_models import load_policy, load_tokenizer, save_tokenizer
-from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
+from rewarded_lines.training.load_models import (
+    generation_dtype,
+    load_policy,
+    load_tokenizer,
+    lora_config,
+    reference_loading,
+    save_tokenizer,
+)
+from rewarded_lines.training.online_trainer import packed
+from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions, checked_values
 from rewarded_lines.training.register_model import register
 from rewarded_lines.training.sampling import Scores, sample
-from rewarded_lines.training.training_reward import WeightedReward, tell_all_equal
+from rewarded_lines.training.training_reward import RewardFunctions, WeightedReward, tell_all_equal
 from rewarded_lines.training.training_run import TrainingRun, from_main, say
+
+# A `GenerationSpec` has so many.
+_SEEDS = 1_000_000
 
 
 @dataclass
@@ -59,6 +71,7 @@ class PolicyTask:
     counted: int
     before: Scores = field(default_factory=dict)
     _restore: Callable[[], None] = lambda: None
+    _dtype: str = "float32"
 
     @property
     def chats(self) -> bool:
@@ -102,23 +115,77 @@ class PolicyTask:
             self.rows = fit_prompts(self.rows, limits, too_long, "training prompts", say)
 
     def spec(self, **settings: Any) -> GenerationSpec:
-        """Return the project's settings for sampling outside of the trainer, with `settings` on top."""
+        """Return the project's settings for sampling outside of the trainer, in the loaded policy's dtype.
+
+        `settings` are on top.
+
+        Raises:
+            UserError: values out of range.
+        """
         kept = ("stop", "chat_template", "chat_template_kwargs", "strip")
         project = {name: getattr(self.generation, name) for name in kept}
-        return GenerationSpec(**{**project, "stop_token_ids": tuple(sorted(self.reader.ends)), **settings})
+        # A trainer's seed may be a date.
+        own: dict[str, Any] = {"seed": settings.pop("seed", 0) % _SEEDS, "dtype": self._dtype}
+        own["stop_token_ids"] = tuple(sorted(self.reader.ends))
+        with checked_values():
+            return GenerationSpec(**{**project, **own, **settings})
+
+    def trainer_spec(self, training: Any, longest: int) -> GenerationSpec:
+        """Return the settings with which an online trainer samples, for measuring: at most `longest` tokens."""
+        return self.spec(
+            temperature=training.temperature,
+            top_p=training.top_p,
+            top_k=training.top_k or 0,
+            min_p=training.min_p or 0.0,
+            repetition_penalty=training.repetition_penalty,
+            max_tokens=longest,
+            seed=training.seed,
+        )
+
+    def trainer_parts(self, training: Any, model_options: ModelConfig, penalty: float | None) -> dict[str, Any]:
+        """Return what an online trainer takes of the task, with `training`, which gets the weights of the rewards.
+
+        `penalty` is what a response pays that does not end.
+        """
+        rewarded = RewardFunctions(self.reward, self.reader, self.rows, penalty)
+        training.reward_weights = rewarded.weights
+        # TRL loads the reference model itself, with these arguments.
+        training.model_init_kwargs = reference_loading(model_options)
+        # The tokenizer's template already contains the project's variables.
+        training.chat_template_kwargs = None
+        prompts = {"prompt": list(map(packed, self.train_prompts)), "row": range(len(self.rows))}
+        return {
+            "args": training,
+            "reader": self.reader,
+            "chats": self.chats,
+            "reward_funcs": rewarded.functions,
+            "train_dataset": Dataset.from_dict(prompts),
+            "processing_class": self.tokenizer,
+            "peft_config": lora_config(model_options),
+        }
 
     def load_policy(self, model_options: ModelConfig) -> PreTrainedModel:
         """Return the SFT model to be trained, without sampling settings of its own."""
         model = load_policy(self.base, model_options)
+        self._dtype = generation_dtype(model_options, model)
         pad = self.tokenizer.pad_token_id
         self._restore = plain_generation(model, self.reader.ends, self.tokenizer.eos_token_id if pad is None else pad)
         return model
 
-    def save(self, save_model: Callable[[str], Any], run: TrainingRun, training: TrainingArguments) -> None:
-        """Save the trained policy with the base's own tokenizer and generation config."""
+    def finish(self, trainer: Any, run: TrainingRun, spec: GenerationSpec, **metrics: Any) -> None:
+        """Save the trained policy, measure its gain over the SFT model, and add it to the project."""
+        self._save(trainer, run)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        run.finish(
+            lambda: {**metrics, **self._gain(spec, policy, run.folder)},
+            lambda: self.add_to_project(run),
+        )
+
+    def _save(self, trainer: Any, run: TrainingRun) -> None:
+        """Save the policy with the base's own tokenizer and generation config."""
         run.keep()
         self._restore()
-        save_model(str(run.folder))
+        trainer.save_model(str(run.folder))
         from_main(lambda: save_tokenizer(load_tokenizer(self.base), run.folder))
         from_main(lambda: keep_generation_config(self.base, run.folder))
         run.saved(
@@ -127,7 +194,7 @@ class PolicyTask:
             reward=self.reward.name,
             weights=self.reward.weights,
             standardized={name: {"mean": m, "deviation": s} for name, (m, s) in self.reward.scales.items()},
-            seed=training.seed,
+            seed=trainer.args.seed,
             prompts="chats" if self.chats else "texts",
             end_tokens=sorted(self.reader.ends),
         )
@@ -150,7 +217,7 @@ class PolicyTask:
         else:
             say(*tell_all_equal(self.before))
 
-    def measure_gain(self, spec: GenerationSpec, model: Any, folder: Path) -> dict[str, Any]:
+    def _gain(self, spec: GenerationSpec, model: Any, folder: Path) -> dict[str, Any]:
         """Return and print the policy's gain over the SFT model, by reward and for the weighted sum."""
         after = from_main(lambda: self.measure(spec, model, str(folder)))
         found: dict[str, dict[str, Any]] = {

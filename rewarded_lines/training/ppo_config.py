@@ -20,19 +20,12 @@ _DECIDED = {
     "use_bias_correction_kl": "",
 }  # fmt: skip
 _OWN = "the loss is PPO's"
-_GONE = "not a key any more: "
-_COMPUTED = "leave it out: it follows from the batch and the number of processes"
 # The recipe sets these after the configuration has been checked.
 _LATER = ("output_dir", "model_init_kwargs", "chat_template_kwargs", "reward_weights")
 
 
 def _key(help: str, default: Any) -> Any:
     return field(default=default, metadata={"help": help})
-
-
-def _gone(remedy: str) -> Any:
-    """Return a key of TRL's earlier PPOConfig that has no meaning any more."""
-    return field(default=None, metadata={"help": _GONE + remedy})
 
 
 @dataclass
@@ -91,16 +84,6 @@ class PPOConfig(SingleResponseConfig):
     stop_token_id: int | None = _key("no effect, but refused if the project does not end responses there", None)
     num_sample_generations: int = _key("0: to print samples, set `log_completions: true`", 0)
     dataset_num_proc: int | None = _key("no effect", None)
-    sft_model_path: str | None = _gone("name the SFT model as `base` in the project")
-    reward_model_path: str | None = _gone("declare the reward in the project, and name it as `reward`")
-    model_adapter_name: str | None = _gone("leave it out: the policy has one adapter")
-    ref_adapter_name: str | None = _gone("leave it out: the reference is the SFT model, without an adapter")
-    num_total_batches: int | None = _gone("set `total_episodes`")
-    micro_batch_size: int | None = _gone(_COMPUTED)
-    local_batch_size: int | None = _gone(_COMPUTED)
-    batch_size: int | None = _gone(_COMPUTED)
-    local_mini_batch_size: int | None = _gone(_COMPUTED)
-    mini_batch_size: int | None = _gone(_COMPUTED)
 
     def __post_init__(self) -> None:
         """Refuse keys that have no meaning here, and batches that cannot be divided."""
@@ -113,12 +96,8 @@ class PPOConfig(SingleResponseConfig):
     def _unused(self) -> list[Problem]:
         found = []
         for one in fields(self):
-            value, help = getattr(self, one.name), one.metadata.get("help", "")
-            if help.startswith(_GONE) and value is not None:
-                remedy = help.removeprefix(_GONE)
-                found.append(Problem("not a key of PPO any more", where=one.name, remedy=remedy))
             default = one.default if one.default_factory is MISSING else one.default_factory()
-            if one.name in _DECIDED and value != default:
+            if one.name in _DECIDED and getattr(self, one.name) != default:
                 name = _DECIDED[one.name]
                 remedy = f"set {name if name.startswith('`') else f'`{name}`'} instead" if name else "leave it out"
                 found.append(Problem("not a key of PPO", where=one.name, expected="" if name else _OWN, remedy=remedy))
@@ -223,6 +202,4 @@ class PPOConfig(SingleResponseConfig):
 
 
 # `--help` leaves these out. `max_steps` it shows, as for every trainer.
-PPOConfig.REFUSED = frozenset(_DECIDED) - {"max_steps"} | {
-    one.name for one in fields(PPOConfig) if one.metadata.get("help", "").startswith(_GONE)
-}
+PPOConfig.REFUSED = frozenset(_DECIDED) - {"max_steps"}

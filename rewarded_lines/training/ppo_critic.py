@@ -17,6 +17,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from rewarded_lines.errors import fail
 from rewarded_lines.training.online_trainer import token_places
+from rewarded_lines.training.sampling import is_quantized
 
 _WEIGHTS, _OPTIMIZER, _STATE = "critic.safetensors", "critic_optimizer.pt", "ppo.json"
 
@@ -138,5 +139,4 @@ def prepare_critic(critic: Any, accelerator: Accelerator, settings: Any) -> Any:
         disable_dropout_in_model(critic)
     if settings.gradient_checkpointing:
         critic.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs or {"use_reentrant": False})
-    quantized = getattr(critic, "is_loaded_in_4bit", False) or getattr(critic, "is_loaded_in_8bit", False)
-    return SeparateCritic(critic if quantized else critic.to(accelerator.device)).train()
+    return SeparateCritic(critic if is_quantized(critic) else critic.to(accelerator.device)).train()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,15 @@ from rewarded_lines.projects import PROJECT_FILE, problems_of
 from rewarded_lines.training.arguments import WHERE
 
 
+@contextmanager
+def checked_values() -> Iterator[None]:
+    """Raise what pydantic says of a recipe's values as a `UserError`."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(problems_of(error, WHERE)) from error
+
+
 class KeyValues(dict[str, Any]):
     """`key=value,key=value` or a JSON object on the command line; a mapping in YAML."""
 
@@ -28,11 +39,11 @@ class KeyValues(dict[str, Any]):
 
 
 class Weights(KeyValues):
-    """Weight of each reward: `helpful=0.5,brief=0.5`."""
+    """Weight of each reward: `helpful=0.5,brief=0.5`. Names may have `=` in them; those with commas need JSON."""
 
     def __init__(self, content: Any = ()) -> None:
         """Parse the weights as finite numbers."""
-        super().__init__(content)
+        super().__init__(_parse_pairs(content, str.rpartition) if isinstance(content, str) else content)
         try:
             self.update({name: float(value) for name, value in self.items()})
             if not all(map(math.isfinite, self.values())):
@@ -90,7 +101,9 @@ class DataOptions:
     dataset_config: str | None = _key("subset of that data set")
     dataset_revision: str | None = _key("its branch, tag or commit")
     dataset_train_split: str = _key("its split to train on, also in a folder of files", "train")
-    dataset_test_split: str = _key("its split to validate on, also in a folder of files", "test")
+    dataset_test_split: str | None = _key(
+        "its split to validate on, also in a folder of files; null if a data set has none (SFT, reward models)", "test"
+    )
     columns: KeyValues = _key("role=column, for roles whose column has another name", KeyValues)
     row_function: str | None = _key("file.py:function from a row of the data to rows with roles, or None")
     train_limit: int | None = _key("use only so many rows, the first ones")
@@ -114,12 +127,12 @@ class DataOptions:
 
     def validation(self) -> DataSpec | None:
         """Return the source of the validation rows, if one is named."""
-        if self.validation_file is None and self.dataset_name is None:
+        if self.validation_file is None and (self.dataset_name is None or self.dataset_test_split is None):
             return None
-        return self._spec(self.validation_file, self.dataset_test_split, self.validation_limit)
+        return self._spec(self.validation_file, self.dataset_test_split or "test", self.validation_limit)
 
     def _spec(self, file: str | None, split: str, limit: int | None) -> DataSpec:
-        try:
+        with checked_values():
             return DataSpec(
                 file=file,
                 dataset=None if file else self.dataset_name,
@@ -133,8 +146,6 @@ class DataOptions:
                 system=self.system_prompt,
                 too_long=self.too_long,
             )
-        except ValidationError as error:
-            raise UserError(problems_of(error, WHERE)) from error
 
 
 @dataclass
@@ -175,13 +186,13 @@ class SamplingOptions:
     max_prompt_tokens: int = _key("longest prompt; see too_long", 512)
 
 
-def _parse_pairs(text: str) -> dict[str, Any]:
+def _parse_pairs(text: str, parted: Callable[[str, str], tuple[str, str, str]] = str.partition) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
             return dict(json.loads(text))
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"not a mapping: {error}") from error
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    pairs = [parted(part, "=") for part in text.split(",") if part.strip()]
     if not all(separator and key.strip() for key, separator, _ in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value,key=value")
     return {key.strip(): value.strip() for key, _, value in pairs}

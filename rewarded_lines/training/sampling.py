@@ -34,7 +34,7 @@ def sample(
     if engine == "vllm" or is_sharded():
         with _off_the_gpu(model):
             return generate_isolated(engine, folder, spec, prompts)
-    if not _is_quantized(model):
+    if not is_quantized(model):
         model.to(PartialState().device)
     with _without_autocast(model):
         generator = HfGenerator(Workload(folder, spec, prompts), loaded=(model, tokenizer))
@@ -63,7 +63,7 @@ def _without_autocast(model: Any) -> Iterator[None]:
 @contextmanager
 def _off_the_gpu(model: Any) -> Iterator[None]:
     """Move a model to the CPU for the block, if it is on a GPU and can be moved."""
-    device = None if is_sharded() or _is_quantized(model) else model.device
+    device = None if is_sharded() or is_quantized(model) else model.device
     if device is None or device.type == "cpu":
         yield
         return
@@ -75,7 +75,8 @@ def _off_the_gpu(model: Any) -> Iterator[None]:
         model.to(device)
 
 
-def _is_quantized(model: Any) -> bool:
+def is_quantized(model: Any) -> bool:
+    """True if bitsandbytes holds a model's weights, which cannot be moved then."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, json_object_in
 from rewarded_lines.merger.record import versions
-from rewarded_lines.training.arguments import Arguments
+from rewarded_lines.training.arguments import Arguments, sharing_size
 
 PROGRESS = "REWARDED_LINES_PROGRESS"
 _PACKAGES = (
@@ -25,8 +25,13 @@ _PACKAGES = (
 _FREE = {
     "output_dir", "overwrite", "project_file", "policy_name", "report_to", "run_name", "disable_tqdm", "logging_steps",
     "logging_strategy", "log_level", "save_total_limit", "dataloader_num_workers", "dataloader_pin_memory", "use_cpu",
-    "sampling_engine", "model_name_or_path",
+    "sampling_engine", "model_name_or_path", "logging_first_step", "log_completions", "num_completions_to_print",
+    "ddp_timeout",
 }  # fmt: skip
+# Nor do these, unless the best of the saved models is taken.
+_SAVING = {"save_steps", "save_strategy"}
+# What the batch follows from, together with the number of processes; the batch itself is compared.
+_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps", "effective_batch_size"}
 
 
 def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any]:
@@ -36,6 +41,7 @@ def new_record(recipe: str, arguments: Arguments, output: Path) -> dict[str, Any
         "complete": False,
         "given": sorted(arguments.given),
         "config": {type(part).__name__: _as_dict(part, output) for part in arguments},
+        "batch": _batch(next(part for part in arguments if isinstance(part, TrainingArguments))),
         "versions": versions(*_PACKAGES),
     }
 
@@ -50,9 +56,14 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     """Return how two runs differ: in the recipe, in keys that either of them sets, in their inputs."""
     if theirs["recipe"] != ours["recipe"]:
         return [f"recipe {theirs['recipe']}, not {ours['recipe']}"]
-    given = sorted({*theirs.get("given", ()), *ours["given"]} - _FREE)
     first, second = _flat(theirs.get("config", {})), _flat(json.loads(json.dumps(ours["config"], default=str)))
+    free = _FREE if second.get("load_best_model_at_end") else _FREE | _SAVING
+    batches = theirs.get("batch"), ours.get("batch")
+    free |= _BATCH if None not in batches else set()
+    given = sorted({*theirs.get("given", ()), *ours["given"]} - free)
     found = [f"{key}: {first.get(key)}, not {second.get(key)}" for key in given if first.get(key) != second.get(key)]
+    if None not in batches and batches[0] != batches[1]:
+        found.append(f"{batches[0]}, not {batches[1]}, in all processes")
     before, now = theirs.get("inputs"), ours.get("inputs")
     if before is not None and now is not None:
         # Earlier versions did not record how rewards are declared.
@@ -83,6 +94,8 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Remove lines of later steps than the checkpoint's, and write the number of steps."""
+        # A resumed run logs and saves as often as it says now; the trainer takes that from the checkpoint.
+        state.compute_steps(args, state.max_steps)
         if state.is_world_process_zero and self._files[0].is_file():
             lines = self._files[0].read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
@@ -105,6 +118,14 @@ class MetricsCallback(TrainerCallback):
         for path in self._files:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, default=float) + "\n")
+
+
+def _batch(training: TrainingArguments) -> str:
+    """Return the examples of an update over all processes and, of online trainers, the responses of a round."""
+    processes = training.world_size // sharing_size()
+    examples = training.train_batch_size * training.gradient_accumulation_steps * processes
+    sampled = getattr(training, "generation_batch_size", None)
+    return f"{examples} examples an update" + (f" and {sampled} responses a round" if sampled else "")
 
 
 def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

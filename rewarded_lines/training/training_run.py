@@ -45,6 +45,7 @@ class TrainingRun:
         self.checkpoint: str | None = None
         self.begun = self.trained = False
         self._overwrite = overwrite
+        self._only_model = any(getattr(part, "save_only_model", False) for part in arguments)
         self._record = new_record(recipe, arguments, output)
         for folder in (self.output, self.folder):
             self._holds_run(folder)
@@ -118,9 +119,18 @@ class TrainingRun:
             return True, None
         elif unfinished and self._publish_trained():
             return True, None
+        checkpoint = last_checkpoint(self.folder)
+        if checkpoint and self._only_model:
+            # The trainer would begin anew with the optimizer and the learning rate, and say nothing.
+            raise fail(
+                "an earlier start stopped here, and its checkpoints have no optimizer to go on with",
+                where=checkpoint,
+                got="save_only_model: true",
+                remedy="keep what you need of them, and pass --overwrite true to start again",
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / TRAINING_FILE, self._record)
-        return False, last_checkpoint(self.folder)
+        return False, checkpoint
 
     def _publish_trained(self) -> bool:
         """Complete a folder whose model an earlier start saved but did not measure or rename."""

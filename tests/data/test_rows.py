@@ -311,7 +311,7 @@ def test_a_data_set_that_fails_otherwise_is_not_blamed_on_the_network(monkeypatc
     with pytest.raises(UserError) as caught:
         read_rows(DataSpec(dataset="organisation/name", split="tset"), LAYOUTS)
     (problem,) = caught.value.problems
-    assert problem.where == "data set organisation/name, split tset" and "subset, revision and split" in problem.remedy
+    assert problem.where == "data set organisation/name, split tset" and "train[:1000]" in problem.remedy
     assert problem.what == "the data set cannot be loaded"
     assert problem.got == 'ValueError: Unknown split "tset". Should be one of [train].'
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,17 @@ def test_audits_are_shown_and_choose_nothing(tmp_path, monkeypatch, cli):
 )
 def test_questions_that_cannot_be(cli, run, words, said):
     assert said in refused(cli, run, *words)
+
+
+def test_names_of_rewards_may_have_commas_and_equals_signs(cli, tmp_path, monkeypatch):
+    """As folders of Hydra's sweeps have, after which a reward model is named."""
+    name = "lr=1e-5,seed=0"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "DEVIATIONS", {name: 1.0, "b": 10.0})
+    invented(tmp_path / "run", curve("soup", SOUP) | curve("lines", LINES, beta=1.0))
+    for words in (["--weights", f"{name}=0.5,b=0.5"], ["--weights", f"b=0.5,{name}=0.5"], ["--at-least", f"{name}=3"]):
+        assert place(asked(cli, "run", *words)) == ("lines", 0.5)
+    assert "no reward `seed=0`" in refused(cli, "run", "--weights", "seed=0=1")
 
 
 def test_all_unknown_names_are_told_at_once(cli, run):

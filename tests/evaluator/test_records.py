@@ -88,13 +88,14 @@ def test_a_run_folder_in_use_keeps_no_points(make_run, tmp_path, monkeypatch):
                 yield key, kept(replace(points[int(key, 16)]))
 
     first = RunFolder(tmp_path, setup)
-    found = first.fill(setup, list(keys), Maker())
+    first.evaluator = Maker()
+    found = first.fill(setup, list(keys))
     gc.collect()
     assert len(made) == len(points) and not any(one() for one in made)
     whole = run_folder.whole_point
     monkeypatch.setattr(run_folder, "whole_point", lambda path: (point := whole(path)) and kept(point))
     second = RunFolder(tmp_path, setup)
-    again = second.fill(setup, list(keys), None)
+    again = second.fill(setup, list(keys))
     gc.collect()
     assert len(made) == 2 * len(points) and not any(one() for one in made)
     # They are read when they are asked for.
@@ -133,11 +134,11 @@ def test_adding_points_reads_the_run_once(make_run, monkeypatch):
     folder = make_run(points=3, prompts=4)
     setup = SimpleNamespace(methods=SimpleNamespace(declares=lambda spec: spec.method != "lines"))
     run = RunFolder(folder, setup)
-    assert [one.method for one in run.listed()] == ["sft", "soup", "soup", "soup"] and run.added() == []
+    assert [one.method for one in run.listed] == ["sft", "soup", "soup", "soup"] and run.added == []
     more = [PointSpec("soup", MergeSpec((share, 1 - share), 1.0, 0.0)) for share in (0.1, 0.2)]
     for one in more:
         run.add([one])
     # One that is there is not added again.
     run.add(more)
-    assert written == [(5, 1), (6, 2)] and run.listed()[4:] == run.added() == more
+    assert written == [(5, 1), (6, 2)] and run.listed[4:] == run.added == more
     assert len(reads) == 1

@@ -63,6 +63,8 @@ def test_options_are_checked_and_filled_in():
 def test_one_number_means_the_first_of_two():
     assert parse_weights("0.9", ["a", "b"]) == (0.9, 0.1)
     assert parse_weights("1", ["a"]) == (1.0,)
+    # A policy that is itself a merge of three, named after its folder.
+    assert parse_weights("lam=0.2,0.3,0.5=0.4,b=0.6", ["lam=0.2,0.3,0.5", "b"]) == (0.4, 0.6)
     assert parse_weights("0.2,0.3,0.5", ["a", "b", "c"]) == (0.2, 0.3, 0.5)
 
 

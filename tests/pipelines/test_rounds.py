@@ -1,5 +1,6 @@
 """Rounds of training and merging: their models by a direct formula, killed runs, changed settings, refusals."""
 
+import csv
 import inspect
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,6 +227,7 @@ def test_changed_settings_are_refused(project):
         (("--score", "none.jsonl"), "--score: no such file"),
         (("--train", "words=python none.py --seed 3"), "no such file(.|\n)*none.py"),
         (("--train", "words=nowhere train.py"), "no such program"),
+        (("--train", f"ACCELERATE_LOG_LEVEL=info {TRAIN}"), "set ACCELERATE_LOG_LEVEL before `rewarded-lines rounds`"),
         (("--train", f"words={TRAIN} --output_dir=x"), "each round sets this itself"),
         (("--train", TRAIN), "not one command for each policy"),
     ],
@@ -242,6 +245,19 @@ def test_two_runs_of_one_reward_and_a_moving_reference(project):
     assert StandIn.trained[1].items() >= {
         "reward": "words", "policy_name": "two", "ref_model_mixup_alpha": "0.1", "sync_ref_model": "true",
     }.items()  # fmt: skip
+
+
+def test_the_table_keeps_a_rewards_name_whole(tmp_path, monkeypatch):
+    scores = {"lr=1,seed=0": {"value": 0.5, "low": 0.0, "high": 1.0}}
+    monkeypatch.setattr(verb, "_scores", lambda plan, finished: {0: scores})
+    verb._write_state(SimpleNamespace(out=tmp_path, settings={}), None)
+    header, row = csv.reader((tmp_path / "rounds.csv").open())
+    assert header == ["round", *(f"lr=1,seed=0{end}" for end in ("", "_low", "_high"))] and row == [
+        "0",
+        "0.5",
+        "0.0",
+        "1.0",
+    ]
 
 
 def test_the_verb_and_its_command_have_the_same_options():

@@ -321,7 +321,7 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
         run("rloo", work, output_dir=work / "none", project_file=work / "start.yaml")
     for overrides, message in [
         ({"reward_weights": 1.0}, "`reward_weights`|reward_weights(.|\n)*rewards: {NAME: WEIGHT"),
-        ({"scale_rewards": "true"}, "scale_rewards(.|\n)*group, batch, none"),
+        ({"scale_rewards": "std"}, "scale_rewards(.|\n)*group, batch, none"),
         ({"sync_ref_model": True, "beta": 0.0}, "without a KL penalty(.|\n)*raise `beta`"),
         ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"}, "leave it out"),
     ]:
@@ -329,6 +329,10 @@ def test_what_does_not_fit_is_told_before_anything_is_trained(work):
             run("grpo", work, output_dir=work / "none", **overrides)
     with pytest.raises(UserError, match="a reference that moves cannot answer before"):
         run("dpo", work, output_dir=work / "none", sync_ref_model=True, precompute_ref_log_probs=True)
+    with pytest.raises(UserError, match="arguments of the recipe: template(.|\n)*must contain {response}"):
+        run("reward", work, output_dir=work / "none", template="Question: {question} Answer: {answer}")
+    with pytest.raises(UserError, match="responses: a pair is two of the responses"):
+        run("dpo", work, output_dir=work / "none", responses=1)
     with pytest.raises(UserError, match="lower `margin`"):
         run("dpo", work, output_dir=work / "none", responses=2, margin=99)
     with pytest.raises(UserError, match="the model|tokenizer|config cannot be reached"):

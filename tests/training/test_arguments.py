@@ -6,12 +6,16 @@ import re
 from dataclasses import dataclass, field
 
 import pytest
-from trl import DPOConfig, GRPOConfig, ModelConfig, SFTConfig
+import yaml
+from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig, TrlParser
 
 from rewarded_lines.errors import UserError, fail
-from rewarded_lines.training import arguments
+from rewarded_lines.training import arguments, refused_keys
 from rewarded_lines.training.arguments import parse_recipe, run_recipe
+from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
+
+TRAINERS = (SFTConfig, RewardConfig, DPOConfig, RLOOConfig, GRPOConfig, PPOConfig)
 
 
 @dataclass
@@ -136,6 +140,15 @@ def test_gradient_accumulation_follows_from_the_effective_batch(monkeypatch, pro
     assert ("gradient_accumulation_steps" in made.given) == any("accumulation" in word for word in words)
     if batches.effective_batch_size:
         assert batches.effective_batch_size == steps * batches.per_device_train_batch_size * int(processes or 1)
+
+
+def test_processes_that_share_an_example_count_once(monkeypatch):
+    """As TRL's context_parallel_2gpu.yaml and alst_ulysses_4gpu.yaml make accelerate set these variables."""
+    for processes, kind, steps in (("2", "CP", 4), ("4", "SP", 2)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind}_SIZE", "2")
+        assert parse_recipe((Batches,), ["--effective_batch_size=32"])[0].gradient_accumulation_steps == steps
+        monkeypatch.delenv(f"PARALLELISM_CONFIG_{kind}_SIZE")
 
 
 def test_the_command_line_overrides_the_effective_batch_of_the_file(tmp_path, monkeypatch):
@@ -263,7 +276,7 @@ def test_an_error_of_a_configuration_is_a_user_error(words, said):
     [
         ("rate: 1\n", "train_file"),
         ("train_file: a\nrate: fast\n", "invalid float value: 'fast'"),
-        ("train_file: a\nrate: [1, 2]\n", "values that belong to no key"),
+        ("train_file: a\nrate: [1, 2]\n", "this key takes one value"),
     ],
 )
 def test_missing_and_wrong_values_are_user_errors(tmp_path, text, message):
@@ -345,8 +358,12 @@ def test_a_missing_library_is_one_message(monkeypatch, capsys):
         (DPOConfig, ["--push_to_hub", "true"], "push_to_hub", "rewarded-lines push FOLDER OWNER/NAME"),
         (DPOConfig, ["--eval_strategy", "steps", "--eval_steps", "1"], "eval_strategy", "leave it out"),
         (DPOConfig, ["--per_device_train_batch_size", "0"], "per_device_train_batch_size", "write 1 or more"),
+        (GRPOConfig, ["--max_completion_length", "null"], "max_completion_length", "write 1 or more"),
         (SFTConfig, ["--eval_strategy", "epoch"], "eval_strategy", "name a `validation_file`"),
         (DPOConfig, ["--model_init_kwargs", '{"dtype": "bfloat16"}'], "model_init_kwargs", "write `dtype`"),
+        (DPOConfig, ["--eval_on_start", "true"], "eval_on_start", "leave it out"),
+        (SFTConfig, ["--dataset_text_field", "content"], "dataset_text_field", "`columns: {text: COLUMN}`"),
+        (SFTConfig, ["--resume_from_checkpoint", "old/checkpoint-5"], "resume_from_checkpoint", "goes on from its own"),
     ],
 )
 def test_keys_that_a_recipe_cannot_follow_are_refused_at_once(tmp_path, kind, words, where, remedy):
@@ -367,15 +384,65 @@ def test_sft_evaluates_while_it_trains_where_there_are_rows(tmp_path):
     assert parse_recipe((DataOptions, SFTConfig), words)[1].eval_strategy == "epoch"
 
 
-@pytest.mark.parametrize("key", sorted(arguments._EARLIER))
-def test_earlier_keys_have_a_remedy_that_parses(tmp_path, key):
-    kinds, words = (DataOptions, RunOptions, RewardOptions, ModelConfig, GRPOConfig), ["--output_dir", str(tmp_path)]
-    with pytest.raises(UserError) as caught:
-        parse_recipe(kinds, [*words, f"--{key}", "1"])
-    (problem,) = caught.value.problems
-    fields = {field.name for kind in (*kinds, DPOConfig) for field in dataclasses.fields(kind)}
-    assert problem.remedy == arguments._EARLIER[key] and key not in fields
-    assert {name.partition(":")[0] for name in re.findall(r"`([^`]+)`", problem.remedy)} <= fields
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"report_to": ["tensorboard", "none"]}, {"report_to": ["tensorboard", "none"]}),
+        ({"report_to": []}, {"report_to": []}),
+        ({"report_to": ["none"]}, {"report_to": []}),
+        ({"optim_target_modules": ["q", "k"]}, {"optim_target_modules": ["q", "k"]}),
+        ({"optim_target_modules": "all-linear"}, {"optim_target_modules": "all-linear"}),
+        ({"scale_rewards": False}, {"scale_rewards": "none"}),
+        ({"scale_rewards": "batch"}, {"scale_rewards": "batch"}),
+        ({"fsdp": False, "model_init_kwargs": None}, {"fsdp": False, "model_init_kwargs": None}),
+    ],
+)
+def test_a_key_takes_every_form_that_its_trainer_takes(tmp_path, given, expected):
+    """Lists and true or false where HfArgumentParser knows text; as TRL's own parser passes them on."""
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **given}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(given))
+    (ours,) = parse_recipe((GRPOConfig,), ["--config", str(tmp_path / "c.yaml")])
+    (theirs,) = TrlParser((GRPOConfig,)).parse_args_and_config(["--config", str(tmp_path / "c.yaml")])
+    for key, value in expected.items():
+        assert getattr(ours, key) == getattr(theirs, key) == value
+
+
+def test_a_home_folder_may_be_named_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("project_file: ~/p.yaml\nmodel_name_or_path: ~/sft\n")
+    options, model = parse_recipe((RunOptions, ModelConfig), ["--config", str(tmp_path / "c.yaml")])
+    assert (options.project_file, model.model_name_or_path) == (str(tmp_path / "p.yaml"), str(tmp_path / "sft"))
+
+
+def test_words_for_no_limit_are_those_of_transformers(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    (made,) = parse_recipe((GRPOConfig,), [*words, "--top_k", "-1", "--max_grad_norm", "null"])
+    assert (made.top_k, made.max_grad_norm) == (0, 0.0)
+
+
+def test_several_values_of_a_key_that_takes_one_are_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("train_file: [a.jsonl, b.jsonl]\n")
+    with pytest.raises(UserError, match="train_file: this key takes one value(.|\n)*a.jsonl, b.jsonl"):
+        parse_recipe((DataOptions,), ["--config", str(tmp_path / "c.yaml")])
+
+
+OWN = (DataOptions, RunOptions, RewardOptions, ModelConfig)
+KEYS = {one: {field.name for kind in (*OWN, one) for field in dataclasses.fields(kind)} for one in TRAINERS}
+
+
+@pytest.mark.parametrize("key", sorted({**refused_keys._REMEDIES, **refused_keys._NAMES}))
+def test_a_key_of_another_tool_is_told_with_one_that_the_recipe_has(key):
+    told = {one: refused_keys.unknown_recipe_key(key, known, "c.yaml").remedy for one, known in KEYS.items()}
+    unknown = {one: remedy for one, remedy in told.items() if key not in KEYS[one]}
+    assert unknown and not any("did you mean" in remedy for remedy in unknown.values())
+    written = {one: set(re.findall(r"`([a-z_0-9]+)[`:]", remedy)) for one, remedy in unknown.items()}
+    for one, names in written.items():
+        assert names <= (KEYS[one] if key in refused_keys._NAMES else set().union(*KEYS.values()))
+
+
+def test_a_key_that_is_only_a_little_like_another_is_not_taken_for_it():
+    assert "--help" in refused_keys.unknown_recipe_key("vocab_files", KEYS[GRPOConfig], "c.yaml").remedy
+    assert "`learning_rate`" in refused_keys.unknown_recipe_key("learnig_rate", KEYS[GRPOConfig], "c.yaml").remedy
 
 
 def test_other_errors_are_not_caught(monkeypatch):

@@ -6,6 +6,7 @@ from trl import SFTConfig
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.training.demonstrations import Demonstrations
+from rewarded_lines.training.scratch_model import ScratchModel, train_tokenizer
 
 ROW = {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]}
 
@@ -33,3 +34,19 @@ def test_trl_gets_chats_as_the_template_reads_them(tmp_path):
     training = SFTConfig(output_dir=str(tmp_path), bf16=False, assistant_only_loss=True)
     (row,) = Demonstrations(tokenizer, None, GenerationSpec(), training).dataset([ROW])
     assert tokenizer.apply_chat_template(row["messages"], tokenize=False) == "why<|im_end|>so<|im_end|>"
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "bfd"])
+def test_no_text_is_longer_than_a_new_model_has_positions(tmp_path, kind):
+    """TRL's default `max_length` is 1024; wrapped texts are cut into pieces of it."""
+    tokenizer = train_tokenizer(["a film of great beauty"], ScratchModel(max_position_embeddings=6))
+    training = SFTConfig(output_dir=str(tmp_path), bf16=False, packing=True, packing_strategy=kind)
+    rows, sentences = Demonstrations(tokenizer, None, GenerationSpec(), training), []
+    made = [{"text": "a film of great beauty and of little else"}, {"text": "a"}]
+    assert rows.fit(made, "refuse", "rows", sentences.append) == made and training.max_length == 6
+    assert any("1 of 2 texts are longer than 6 tokens" in one for one in sentences) == (kind == "bfd")
+    pairs = [
+        {"prompt": "a film", "completion": " of great beauty and of little else"},
+        {"prompt": "a", "completion": "b"},
+    ]
+    assert rows.fit(pairs, "leave_out", "rows", sentences.append) == (pairs if kind == "wrapped" else pairs[1:])

@@ -78,12 +78,30 @@ def test_lora_is_off_unless_asked_for(sft):
     assert lora_config(FULL) is None and trained(model) == set(dict(model.named_parameters()))
 
 
+def test_a_whole_model_is_not_trained_in_float16(sft, tmp_path):
+    """Pythia and Llama 2 are stored in it, and `dtype: auto` takes what is stored."""
+    save_model(make_model(0, blocks=2).half(), tmp_path / "half")
+    for load in (load_policy, load_classifier):
+        for folder, dtype in ((sft, "float16"), (tmp_path / "half", "auto")):
+            assert problem_of(load, str(folder), ModelConfig(dtype=dtype)).where == "dtype"
+            assert load(str(folder), ModelConfig(dtype=dtype, use_peft=True)).dtype == torch.float16
+        assert load(str(tmp_path / "half"), ModelConfig()).dtype == torch.float32
+
+
 def test_lora_adapts_every_linear_layer_of_the_blocks(sft):
     model = load_policy(str(sft), LORA)
     config = lora_config(LORA)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.task_type) == (16, 32, 0.05, "CAUSAL_LM")
     names = adapted(get_peft_model(model, config))
     assert names == sorted(LINEAR * 2)
+
+
+@pytest.mark.parametrize("text", ["q_proj,v_proj", "v_proj, q_proj", r".*\.[qv]_proj", "all", "all-linear"])
+def test_the_modules_of_lora_may_be_a_text(sft, text):
+    """Names with commas as LLaMA-Factory has them, a pattern as PEFT has it."""
+    model = load_policy(str(sft), LORA)
+    config = lora_config(ModelConfig(use_peft=True, lora_target_modules=[text]))
+    assert set(adapted(get_peft_model(model, config))) == set(LINEAR if "all" in text else ["q_proj", "v_proj"])
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["q_proj"]])

@@ -7,6 +7,7 @@ from tiny_models import PROMPTS, make_model, make_tokenizer
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.engines.responses import ResponseReader
+from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project
 from rewarded_lines.rewards.reward import Reward
 from rewarded_lines.training.policy_task import PolicyTask
@@ -73,4 +74,8 @@ def test_responses_are_sampled_with_the_projects_ends_and_the_recipes_settings(t
     spec = task.spec(temperature=0.5, max_tokens=3)
     assert (spec.temperature, spec.max_tokens) == (0.5, 3)
     assert spec.stop_token_ids == (task.tokenizer.eos_token_id,)
+    # A date as the seed of a training.
+    assert task.spec(seed=20240613).seed == 240613 and task.spec(seed=7).seed == 7
+    with pytest.raises(UserError, match="arguments of the recipe: top_p(.|\n)*greater than 0"):
+        task.spec(top_p=0.0)
     assert task.train_prompts == ["dog"] and not task.chats

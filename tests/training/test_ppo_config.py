@@ -30,10 +30,6 @@ def test_settings_of_an_update(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("sft_model_path", "x", "name the SFT model as `base`"),
-        ("reward_model_path", "x", "name it as `reward`"),
-        ("batch_size", 64, "it follows from the batch"),
-        ("num_total_batches", 3, "set `total_episodes`"),
         ("beta", 0.1, "set `kl_coef` instead"),
         ("max_completion_length", 9, "set `response_length` instead"),
         ("max_steps", 9, "set `total_episodes` instead"),
@@ -92,5 +88,5 @@ def test_help_has_no_key_that_is_refused(monkeypatch, capsys):
         parse_recipe((PPOConfig,), ["--help"])
     shown = capsys.readouterr().out
     assert not [name for name in PPOConfig.REFUSED if f"--{name} " in shown]
-    assert {"beta", "max_completion_length", "sft_model_path"} <= PPOConfig.REFUSED
+    assert {"beta", "max_completion_length"} <= PPOConfig.REFUSED
     assert "--response_length " in shown and "--max_steps " in shown

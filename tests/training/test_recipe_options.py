@@ -48,6 +48,7 @@ def test_texts_of_another_form_are_refused(text):
 def test_weights_are_numbers(content):
     weights = Weights(content)
     assert weights == {"a": 0.5, "b": -1.0, "c": 0.001} and {type(value) for value in weights.values()} == {float}
+    assert Weights("lr=1e-5=0.5,b=1") == {"lr=1e-5": 0.5, "b": 1.0}
 
 
 @pytest.mark.parametrize("content", ["a=high", "a=", '{"a": [1]}', '{"a": null}', {"a": "x"}, "a=nan", "a=inf"])
@@ -82,6 +83,8 @@ def test_validation_data_may_be_missing_or_a_file_beside_a_data_set():
     assert DataOptions(train_file="a.csv").validation() is None
     mixed = DataOptions(dataset_name="a/b", validation_file="b.csv")
     assert (mixed.train().dataset, mixed.validation().file, mixed.validation().dataset) == ("a/b", "b.csv", None)
+    # As tatsu-lab/alpaca, which has the split `train` alone.
+    assert DataOptions(dataset_name="a/b", dataset_test_split=None).validation() is None
 
 
 @pytest.mark.parametrize(

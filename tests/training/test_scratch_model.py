@@ -130,8 +130,11 @@ def test_metrics_go_to_the_folder_and_to_whoever_watches(tmp_path, monkeypatch):
     monkeypatch.setenv("REWARDED_LINES_PROGRESS", str(tmp_path / "watched.jsonl"))
     callback = MetricsCallback(tmp_path)
     state, control = TrainerState(max_steps=4), TrainerControl()
-    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", logging_steps=0.5, save_steps=3)
+    # As after resuming: the state is that of the checkpoint.
+    state.logging_steps, state.save_steps = 7, 7
     callback.on_train_begin(arguments, state, control)
+    assert (state.logging_steps, state.save_steps) == (2, 3)
     state.global_step = 2
     callback.on_log(arguments, state, control, logs={"loss": torch.tensor(0.5)})
     state.is_world_process_zero = False

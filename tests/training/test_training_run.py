@@ -186,6 +186,8 @@ FREE = {
     "logging_strategy": "epoch",
     "log_level": "error",
     "save_total_limit": 2,
+    "save_steps": 9,
+    "save_strategy": "epoch",
     "dataloader_num_workers": 1,
     "dataloader_pin_memory": False,
     "use_cpu": False,
@@ -199,6 +201,34 @@ def test_keys_that_change_no_result_may_change(tmp_path, key):
     stop(tmp_path / "sft", 5)
     assert train(tmp_path / "sft", **{key: FREE[key]})[1].endswith("checkpoint-5")
     assert train(tmp_path / "sft") == (False, None)
+
+
+def test_how_often_models_are_saved_matters_where_the_best_of_them_is_taken(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"}
+    stop(tmp_path / "sft", 5, save_steps=5, **best)
+    with pytest.raises(UserError, match=r"another run is there\n  got: save_steps: 5, not 10"):
+        train(tmp_path / "sft", save_steps=10, **best)
+
+
+def test_checkpoints_without_an_optimizer_are_not_resumed(tmp_path):
+    """As in Open R1's OlympicCoder configs; the trainer would begin anew with the learning rate."""
+    stop(tmp_path / "sft", 5, save_only_model=True)
+    with pytest.raises(UserError, match="no optimizer to go on with(.|\n)*save_only_model: true"):
+        train(tmp_path / "sft", save_only_model=True)
+    assert (tmp_path / "sft.unfinished/checkpoint-5").is_dir()
+    assert train(tmp_path / "sft", overwrite=True, save_only_model=True) == (True, None)
+
+
+def test_the_batch_is_that_of_all_processes(tmp_path, monkeypatch):
+    """A run that is resumed on fewer devices would have other updates; in smaller parts they stay the same."""
+    stop(tmp_path / "sft", 5, per_device_train_batch_size=8)
+    for processes, each in ((1, 4), (2, 8)):
+        monkeypatch.setattr(TrainingArguments, "world_size", processes)
+        with pytest.raises(UserError, match=r"8 examples an update, not (4|16) examples an update, in all processes"):
+            train(tmp_path / "sft", per_device_train_batch_size=each)
+    # Four in each of two processes.
+    assert train(tmp_path / "sft", per_device_train_batch_size=4)[1].endswith("checkpoint-5")
+    assert train(tmp_path / "sft", per_device_train_batch_size=2, gradient_accumulation_steps=2) == (False, None)
 
 
 def test_a_run_may_be_moved(tmp_path):
