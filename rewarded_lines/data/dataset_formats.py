@@ -37,12 +37,13 @@ def read_prompts(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> li
 
     A pair or a demonstration gives its prompt, a whole chat the turns before its last answer.
     """
-    made, columns = [], []
-    for where, row in _read(spec, root, PROMPTS, tell, columns=True):
-        made.append(_pair(row, spec, where) if "chosen" in row else ({"prompt": _prompt(row, spec, where)}, ""))
-        columns.append(row[COLUMNS])
+    read = _read(spec, root, PROMPTS, tell)
+    made = [
+        _pair(row, spec, where) if "chosen" in row else ({"prompt": _prompt(row, spec, where)}, "")
+        for where, row in read
+    ]
     rows = _reported(made, spec, tell)
-    return [{"prompt": row["prompt"], COLUMNS: beside} for row, beside in zip(rows, columns, strict=True)]
+    return [{"prompt": one["prompt"], COLUMNS: row[COLUMNS]} for one, (_, row) in zip(rows, read, strict=True)]
 
 
 def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
@@ -56,7 +57,7 @@ def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list
 
 def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
     """Return rows for SFT: messages (with `tools` if given), prompt and completion, or text."""
-    rows = _read(spec, root, DEMONSTRATIONS, tell, tools=True, columns=True)
+    rows = _read(spec, root, DEMONSTRATIONS, tell, tools=True)
     made = [(_demonstration(row, spec, where), "") for where, row in rows]
     for (where, row), (one, _) in zip(rows, made, strict=True):
         _check_wanted(one, row[COLUMNS], where)
@@ -76,15 +77,14 @@ def last_answers(pairs: Sequence[Row], side: str) -> tuple[list[Prompt], list[st
     return prompts, responses
 
 
-def _read(
-    spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool = False, columns: bool = False
-) -> list[tuple[str, Row]]:
+def _read(spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool = False) -> list[tuple[str, Row]]:
     """Return places and rows; refuse chats with template settings or (without `tools`) tools."""
     made, systems = [], 0
     if spec.file and (files := describe_files(local_path(spec.file, root), spec.split)):
         tell(f"rows of {_name(spec)}: {files}")
-    for at, row in enumerate(read_rows(spec, layouts, root, (_SYSTEM, _TOOLS, _SETTINGS, _IMAGES), columns)):
-        where = f"{_name(spec)}, row {at}"
+    for at, row in enumerate(read_rows(spec, layouts, root)):
+        where, beside = f"{_name(spec)}, row {at}", row[COLUMNS]
+        row |= {name: beside[name] for name in (_SYSTEM, _TOOLS, _SETTINGS, _IMAGES) if beside.get(name)}
         if isinstance(row.get(_TOOLS), str):
             try:
                 row[_TOOLS] = json.loads(row[_TOOLS])
