@@ -192,7 +192,7 @@ class HttpClient:
             raise HttpFailure(self._said(error)) from error
         if as_json and response.good:
             try:
-                response.json()
+                return response.with_told_status()
             except ValueError as error:
                 raise HttpFailure(self.masked(f"an answer that is not JSON: {response.text[:SHOWN]!r}")) from error
         return response

@@ -9,8 +9,8 @@ from typing import Any
 from rewarded_lines.checkpoints.adapter_config import read_adapter_config
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.chat_templates import with_settings
 from rewarded_lines.data.lengths import positions_of
-from rewarded_lines.data.messages import with_settings
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.base import Workload
 from rewarded_lines.errors import fail

@@ -21,7 +21,7 @@ _TOP = 20
 _NEGLIGIBLE = 0.01
 _SHOWN = 200
 # Servers have other words for an answer that ended by itself, but these for one that was cut.
-_CUT = ("length", "max_tokens", "content_filter")
+_CUT = ("length", "model_length", "max_tokens", "content_filter", "error")
 # Some servers take no larger seeds.
 _MOST_SEEDS = 2**31
 
