@@ -49,6 +49,7 @@ class SharedClassifier(SharedModel[Backend]):
         longest: the most tokens that the model can read, or None without a limit.
         positions: the config's limit, which `max_tokens` may extend.
         pad: the token that ends no text, or None if any token may.
+        last: the token that must end each text, as of InternLM2's reward models; None if any token may.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class SharedClassifier(SharedModel[Backend]):
         refuse_too_large(where, self._stored.base, self._spec, config, device)
         self.tokenizer = _load_tokenizer(where, tokenizer or tokenizer_of(self._stored), spec.trust_remote_code)
         self.positions = positions_of(config)
+        self.last: int | None = getattr(config, "reward_token_id", None)
         self._known: dict[tuple[bytes, bytes], list[float]] = {}
         backend = self.held
         self.size, self.longest, self.classes, self.pad = backend.size, backend.longest, backend.classes, backend.pad
@@ -115,7 +117,11 @@ class SharedClassifier(SharedModel[Backend]):
 
     def _example(self) -> list[int]:
         """Return the tokens of a text in the reward's template, which own code may look for."""
-        return ClassifierReading(self.tokenizer, self._spec.template, self._where).tokens(["a"], ["b"])[0][0]
+        return self.reading(self._spec, self._where).tokens(["a"], ["b"])[0][0]
+
+    def reading(self, spec: RewardSpec, where: str) -> ClassifierReading:
+        """Return how a reward on this model reads its texts."""
+        return ClassifierReading(self.tokenizer, spec.template, where, self.last)
 
 
 def share_classifier(
@@ -157,7 +163,7 @@ class ModelReward(Reward):
         self._where = f"reward `{name}`"
         self._spec, self._model = spec, shared
         self.device, self.size, self.tokenizer = shared.device, shared.size, shared.tokenizer
-        self._reading = ClassifierReading(shared.tokenizer, spec.template, self._where)
+        self._reading = shared.reading(spec, self._where)
         old = _READ_LAST if shared.reads_last else _READ_ANEW if self._reading.is_new(shared.pad) else ""
         self.fingerprint = shared.fingerprint + old
         limits = [spec.max_tokens or shared.positions, shared.longest]

@@ -72,9 +72,10 @@ def load_config(where: str, checkpoint: RewardCheckpoint, trust: bool) -> Any:
 
 
 def runs_own_code(checkpoint: RewardCheckpoint, trust: bool) -> bool:
-    """Return whether the folder's own code makes the model."""
+    """Return whether the folder's own code makes the model: `AutoModel` may also stand for a body without a head."""
     own = checkpoint.own_code
-    return trust and (_CLASSIFIER in own or (_ANY in own and not checkpoint.has_head))
+    whole = str(own.get(_ANY)).rpartition(".")[2] in checkpoint.architectures or not checkpoint.has_head
+    return trust and (_CLASSIFIER in own or (_ANY in own and whole))
 
 
 def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool) -> LoadedModel:
