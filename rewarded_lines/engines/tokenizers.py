@@ -74,6 +74,15 @@ def load_config(model: str) -> Any:
         raise fail("the model's config cannot be read", where=model, got=str(error), remedy=remedy) from error
 
 
+def attention_of(config: Any) -> dict[str, str]:
+    """Return how transformers must be told to load a model that caps the logits of its attention, as Gemma 2 does.
+
+    Its default, torch's SDPA, leaves the caps out in silence; vLLM computes them.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def base_model(model: str) -> str:
     """Return the base of an adapter, or the model itself."""
     folder = Path(model)

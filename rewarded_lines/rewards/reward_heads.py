@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, PREFIX
+from rewarded_lines.engines.tokenizers import attention_of
 from rewarded_lines.errors import UserError, fail, listed
 from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier, without_load_report
-from rewarded_lines.rewards.reward_checkpoints import OWN_HEADS, WRAPPER, RewardCheckpoint, shapes_in, tokenizer_of
+from rewarded_lines.rewards.reward_checkpoints import OWN_HEADS, WRAPPER, RewardCheckpoint, shapes_in
 
 _CLASSIFIER, _ANY = "AutoModelForSequenceClassification", "AutoModel"
 TRUST = "set `trust_remote_code: true` in the reward to run it; read it first"
@@ -29,12 +30,6 @@ _UNREAD = ("lm_head", "embed_out")
 _LAST_LAYER = re.compile(r"(^|\.)(score|classifier|out_proj|logits_proj)(\.modules_to_save(\.[^.]+)?)?\.weight$")
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+\.)?")
 _SHOWN = 6
-_FOLD = (
-    'python -c "from peft import PeftModel; from transformers import AutoModelForSequenceClassification as M; '
-    "from transformers import AutoTokenizer as T; model = M.from_pretrained({base!r}, num_labels={rows}); "
-    "PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained({out!r}); "
-    'T.from_pretrained({tokenizer!r}).save_pretrained({out!r})"'
-)
 
 
 @dataclass
@@ -94,7 +89,7 @@ def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool
                 got=checkpoint.reference,
                 remedy="fold it into its base with that code, and name the folder that comes out",
             )
-        return LoadedModel(_load_own(where, checkpoint, dtype), [], _columns_of, pad, own_code=True)
+        return LoadedModel(_load_own(where, checkpoint, dtype, config), [], _columns_of, pad, own_code=True)
     code = checkpoint.own_code and not trust
     model, missing, unread = _load_whole(where, checkpoint, dtype, config, TRUST if code else "")
     if checkpoint.head:
@@ -153,20 +148,6 @@ def _columns_of(output: Any) -> Any:
     return (found[:, None] if found.ndim == 1 else found).cpu().double()
 
 
-def fold_command(checkpoint: RewardCheckpoint) -> str:
-    """Return the command that makes a whole classifier of an adapter; "" if transformers has no class for that."""
-    if not checkpoint.adapter or checkpoint.head:
-        return ""
-    out = checkpoint.reference if Path(checkpoint.reference).is_dir() else Path(checkpoint.reference).name
-    return _FOLD.format(
-        base=checkpoint.base,
-        rows=_head_rows(checkpoint) or 1,
-        adapter=checkpoint.reference,
-        tokenizer=tokenizer_of(checkpoint),
-        out=f"{out.rstrip('/')}-whole",
-    )
-
-
 def _load_whole(
     where: str, checkpoint: RewardCheckpoint, dtype: Any, config: Any, remedy: str
 ) -> tuple[Any, set[str], list[str]]:
@@ -174,7 +155,7 @@ def _load_whole(
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    if (rows := _head_rows(checkpoint)) is not None:
+    if (rows := head_rows(checkpoint)) is not None:
         config.num_labels = rows
     wrapped = any(name.startswith(WRAPPER) for name in checkpoint.tensors)
     try:
@@ -186,6 +167,7 @@ def _load_whole(
                 dtype=dtype,
                 output_loading_info=True,
                 trust_remote_code=False,
+                **attention_of(config),
                 **({"key_mapping": {rf"^{re.escape(WRAPPER)}": ""}} if wrapped else {}),
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
@@ -193,7 +175,7 @@ def _load_whole(
     return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
 
 
-def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
+def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any, config: Any) -> Any:
     """Return a model that the folder's own code makes; the user's word for it is known."""
     import transformers
 
@@ -201,7 +183,7 @@ def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
     while True:
         try:
             model, loading = kind.from_pretrained(
-                checkpoint.base, dtype=dtype, output_loading_info=True, trust_remote_code=True
+                checkpoint.base, dtype=dtype, output_loading_info=True, trust_remote_code=True, **attention_of(config)
             )
             break
         except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
@@ -213,7 +195,7 @@ def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
     return model.eval()
 
 
-def _head_rows(checkpoint: RewardCheckpoint) -> int | None:
+def head_rows(checkpoint: RewardCheckpoint) -> int | None:
     """Return the number of classes of the stored head; None if it is not known here."""
     if checkpoint.head:
         return int(_stored_head(checkpoint)["weight"].shape[0])
