@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.chat_templates import with_settings
 from rewarded_lines.data.prompts import encode
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.responses import ResponseReader, thoughts_told
@@ -102,13 +103,18 @@ def test_thinking_that_the_prompt_begins_is_stripped_too():
         ("<think>\n\n</think>\n\n", [ASKED], None, False),
         ("<think>\n", [ASKED], "<think>…</think>", False),
         ("<think>\n", ["why <think>"], None, False),
+        ("", [ASKED], None, True),
+        ("", [ASKED], "<think>…</think>", False),
     ],
 )
-def test_a_template_that_begins_answers_with_thoughts_is_told(begins, prompt, strip, told):
+def test_a_template_that_begins_or_allows_thoughts_is_told(begins, prompt, strip, told):
     tokenizer = make_tokenizer("qwen3")
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '" + begins.replace("\n", "\\n") + "' }}{% endif %}"
     sentence = thoughts_told(tokenizer, prompt, GenerationSpec(strip=strip))
     assert bool(sentence) == told and ('strip: "<think>…</think>"' in sentence) == told
+    assert ("lets answers begin" in sentence) == (told and not begins)
+    tokenizer.chat_template = with_settings(tokenizer.chat_template, {"enable_thinking": False})
+    assert bool(thoughts_told(tokenizer, prompt, GenerationSpec(strip=strip))) == (told and bool(begins))
 
 
 def test_markers_that_texts_never_hold_are_refused():

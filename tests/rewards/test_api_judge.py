@@ -140,6 +140,13 @@ def test_answers_are_kept_as_they_come_and_failures_name_their_rows(server, tmp_
         reward.score(["q7"], ["r"])
 
 
+@pytest.mark.parametrize("end", ["/", "/chat/completions", "?api-version=1", "/chat/completions?api-version=1"])
+def test_an_address_may_have_the_path_and_a_query_as_azures_do(server, end):
+    server.url += end
+    assert judge(server, pattern=r"Score: (\d)")[0].score(["p"], ["r"]) == [3.0]
+    assert server.path == "/v1/chat/completions" + end[end.find("?") :] * ("?" in end)
+
+
 def test_more_keys_of_a_request(server):
     options = {"pattern": r"Score: (\d)", "request": {"max_tokens": None, "max_completion_tokens": 5, "seed": None}}
     judge(server, **options)[0].score(["p"], ["r"])
