@@ -181,7 +181,12 @@ class ModelReward(Reward):
 
     def check(self, prompts: Sequence[Prompt]) -> str:
         """See `Reward.check`."""
-        return self._reading.check(prompts)
+        told = self._reading.check(prompts)
+        if "template" in self._spec.model_fields_set or not self.tokenizer.chat_template:
+            return told
+        return f"{self._where} reads prompt and response as one text, though its tokenizer has a chat template; " + (
+            "declare `template: chat` if it was trained with that one, or else its `template:`"
+        )
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str], columns: Columns = None) -> list[float]:
         """Return the format's combination of logits for each pair; see `Reward.score`.

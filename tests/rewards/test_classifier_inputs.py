@@ -244,6 +244,13 @@ def test_a_chat_is_read_whole_or_refused(tmp_path):
         assert note == "" if template == "chat" else "without the system's turn and several turns joined" in note
 
 
+def test_a_chat_template_that_is_not_used_is_told(tmp_path):
+    make_classifier("phi", tmp_path)
+    for more, told in (({}, True), ({"template": "{prompt}{response}"}, False), ({"template": "chat"}, False)):
+        note = load_reward("r", RewardSpec(model=str(tmp_path), **more), device="cpu").check([[asked("why")]])
+        assert ("declare `template: chat`" in note) == told
+
+
 def test_a_classifier_without_a_chat_template_says_so(tmp_path):
     make_classifier("phi", tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
