@@ -30,9 +30,10 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.config_values import CHAT, TEXT
+from rewarded_lines.data.chat_templates import check_template
 from rewarded_lines.data.dataset_formats import last_answers, read_pairs
 from rewarded_lines.data.lengths import Limit, fit, positions_of
-from rewarded_lines.data.messages import check_template, more_than_text
+from rewarded_lines.data.messages import more_than_text
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.engines.tokenizers import load_config, read_template
 from rewarded_lines.errors import fail

@@ -27,6 +27,8 @@ PROMPTS: Layouts = [*PAIRS, ("prompt", "messages"), ("prompt",), ("messages",), 
 DEMONSTRATIONS: Layouts = [("messages",), ("prompt", "completion"), ("conversations",), ("text",)]
 # Columns beside the turns of a chat.
 _SYSTEM, _TOOLS, _SETTINGS, _IMAGES = "system", "tools", "chat_template_kwargs", "images"
+# A name of data for the system turn, which may also be a note on how the data were made.
+_UNREAD = "system_prompt"
 # Keys of turns, 0 or false where a turn is not to be trained on: of OpenAI, Axolotl, ms-swift.
 _TRAINED = ("weight", "train", "loss")
 _LEAVE_OUT = "leave such rows out with a row function"
@@ -37,12 +39,13 @@ def read_prompts(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> li
 
     A pair or a demonstration gives its prompt, a whole chat the turns before its last answer.
     """
-    made, columns = [], []
-    for where, row in _read(spec, root, PROMPTS, tell, columns=True):
-        made.append(_pair(row, spec, where) if "chosen" in row else ({"prompt": _prompt(row, spec, where)}, ""))
-        columns.append(row[COLUMNS])
+    read = _read(spec, root, PROMPTS, tell)
+    made = [
+        _pair(row, spec, where) if "chosen" in row else ({"prompt": _prompt(row, spec, where)}, "")
+        for where, row in read
+    ]
     rows = _reported(made, spec, tell)
-    return [{"prompt": row["prompt"], COLUMNS: beside} for row, beside in zip(rows, columns, strict=True)]
+    return [{"prompt": one["prompt"], COLUMNS: row[COLUMNS]} for one, (_, row) in zip(rows, read, strict=True)]
 
 
 def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
@@ -56,7 +59,7 @@ def read_pairs(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list
 
 def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent) -> list[Row]:
     """Return rows for SFT: messages (with `tools` if given), prompt and completion, or text."""
-    rows = _read(spec, root, DEMONSTRATIONS, tell, tools=True, columns=True)
+    rows = _read(spec, root, DEMONSTRATIONS, tell, tools=True)
     made = [(_demonstration(row, spec, where), "") for where, row in rows]
     for (where, row), (one, _) in zip(rows, made, strict=True):
         _check_wanted(one, row[COLUMNS], where)
@@ -76,49 +79,55 @@ def last_answers(pairs: Sequence[Row], side: str) -> tuple[list[Prompt], list[st
     return prompts, responses
 
 
-def _read(
-    spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool = False, columns: bool = False
-) -> list[tuple[str, Row]]:
+def _read(spec: DataSpec, root: Path, layouts: Layouts, tell: Tell, tools: bool = False) -> list[tuple[str, Row]]:
     """Return places and rows; refuse chats with template settings or (without `tools`) tools."""
-    made, systems = [], 0
+    made, systems, unread = [], 0, 0
     if spec.file and (files := describe_files(local_path(spec.file, root), spec.split)):
         tell(f"rows of {_name(spec)}: {files}")
-    for at, row in enumerate(read_rows(spec, layouts, root, (_SYSTEM, _TOOLS, _SETTINGS, _IMAGES), columns)):
-        where = f"{_name(spec)}, row {at}"
-        if isinstance(row.get(_TOOLS), str):
-            try:
-                row[_TOOLS] = json.loads(row[_TOOLS])
-            except ValueError as error:
-                raise fail("`tools` is not JSON", where=where, got=row[_TOOLS][:120]) from error
-        if _IMAGES in row:
-            got = repr(row[_IMAGES])[:120]
-            raise fail("a row has images; models and rewards here read texts", where=where, got=got, remedy=_LEAVE_OUT)
-        settings = row.pop(_SETTINGS, None)
-        lists = {key for key, value in row.items() if isinstance(value, list)}
-        if not spec.chat and not lists - {_TOOLS}:
+    for at, row in enumerate(read_rows(spec, layouts, root)):
+        where, beside = f"{_name(spec)}, row {at}", row[COLUMNS]
+        row |= {name: beside[name] for name in (_SYSTEM, _TOOLS, _SETTINGS, _IMAGES) if beside.get(name)}
+        if spec.chat or any(isinstance(value, list) for key, value in row.items() if key not in (_TOOLS, _IMAGES)):
+            unread += bool(beside.get(_UNREAD)) and _SYSTEM not in row
+        else:
             row.pop(_TOOLS, None)
+            row.pop(_SETTINGS, None)
             systems += row.pop(_SYSTEM, None) is not None
-        elif settings:
-            raise fail(
-                "a row has settings of the chat template",
-                where=f"{where}: `{_SETTINGS}`",
-                got=repr(settings)[:120],
-                remedy="they belong to the project, for all rows: `generation: {chat_template_kwargs: …}`",
-            )
-        elif row.get(_TOOLS) and not tools:
-            raise fail(
-                "a row has tools, which only SFT can show a model",
-                where=f"{where}: `{_TOOLS}`",
-                got=repr(row[_TOOLS])[:120],
-                remedy="leave such rows out with a row function, or put the tools into a system turn",
-            )
+        _check_beside(row, where, tools)
         made.append((where, row))
+    if unread:
+        more = f"`columns: {{{_SYSTEM}: {_UNREAD}}}` makes it their system turn"
+        tell(f"rows of {_name(spec)}: {unread} have a column `{_UNREAD}`, which is not read; {more}")
     if systems:
         tell(
             f"rows of {_name(spec)}: {systems} have a system turn in a column, which texts do not use; "
             "`chat: true` reads it"
         )
     return made
+
+
+def _check_beside(row: Row, where: str, tools: bool) -> None:
+    """Refuse images, settings of a template and, without `tools`, tools; read tools that are JSON."""
+    if isinstance(row.get(_TOOLS), str):
+        try:
+            row[_TOOLS] = json.loads(row[_TOOLS])
+        except ValueError as error:
+            raise fail("`tools` is not JSON", where=where, got=row[_TOOLS][:120]) from error
+    for key, what, remedy in (
+        (_IMAGES, "a row has images; models and rewards here read texts", _LEAVE_OUT),
+        (
+            _SETTINGS,
+            "a row has settings of the chat template",
+            "they belong to the project, for all rows: `generation: {chat_template_kwargs: …}`",
+        ),
+        (
+            "" if tools else _TOOLS,
+            "a row has tools, which only SFT can show a model",
+            "leave such rows out with a row function, or put the tools into a system turn",
+        ),
+    ):
+        if row.get(key):
+            raise fail(what, where=f"{where}: `{key}`", got=repr(row[key])[:120], remedy=remedy)
 
 
 def _reported(made: Sequence[tuple[Row, str]], spec: DataSpec, tell: Tell) -> list[Row]:
@@ -138,11 +147,31 @@ def _reported(made: Sequence[tuple[Row, str]], spec: DataSpec, tell: Tell) -> li
             got=repr(firsts[at])[:120],
             remedy="set `chat: true`, which makes turns of texts",
         )
+    if all(map(_is_listed, firsts)):
+        raise fail(
+            "the prompts are lists of texts in JSON",
+            where=_name(spec),
+            expected="texts, or turns of chats",
+            got=repr(firsts[0])[:120],
+            remedy="make turns of them with a row function; for LMSYS's votes "
+            "`rows: rewarded_lines.data.published_rows:arena`",
+        )
     kind = "texts as turns of chats" if spec.chat else "chats" if chats[0] else "texts"
     system = ["with the declared system turn"] if spec.system else []
     ways = dict.fromkeys(how for _, how in made if how)
     tell(", ".join([f"rows of {_name(spec)}: {kind}", *system, *ways]))
     return rows
+
+
+def _is_listed(prompt: Any) -> bool:
+    """Return whether a prompt is a list of texts in JSON."""
+    if isinstance(prompt, list):
+        prompt = prompt[-1]["content"]
+    try:
+        found = json.loads(prompt) if str(prompt).startswith("[") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and bool(found) and all(isinstance(one, str) for one in found)
 
 
 def _prompt(row: Row, spec: DataSpec, where: str) -> Prompt:

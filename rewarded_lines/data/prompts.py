@@ -6,7 +6,8 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from rewarded_lines.data.messages import Messages, Prompt, as_turns, render
+from rewarded_lines.data.chat_templates import render
+from rewarded_lines.data.messages import Messages, Prompt, as_turns
 from rewarded_lines.errors import fail
 
 __all__ = ["Messages", "Prompt", "encode", "encode_answers", "prompt_key", "prompt_text", "split_text"]

@@ -6,6 +6,7 @@ The user names the function: one data set may hold several preferences.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -17,6 +18,8 @@ _FORMS = (
     (("response_0", "response_1", "better_response_id"), ("pku_better",), "prompt"),
     (("prompt", "response_1", "response_2", "preference_strength"), ("helpsteer2",), "prompt"),
     (("prompt", "answers", "turns"), ("nectar",), "prompt"),
+    (("conversation_a", "conversation_b", "winner"), ("arena",), ""),
+    (("prompt", "response_a", "response_b", "winner_model_a"), ("arena",), ""),
     (("instruction", "completions"), ("ultrafeedback",), "instruction"),
     (("instruction", "output"), ("alpaca",), ""),
     (("instruction", "chosen", "rejected"), ("alpaca",), ""),
@@ -61,6 +64,22 @@ def nectar(row: Row) -> Row | None:
     return _extremes(row, row["prompt"], [(one["answer"], -one["rank"]) for one in row["answers"]])
 
 
+def arena(row: Row) -> Row | None:
+    """Return a pair of chats of LMArena's and LMSYS's votes; 55k of them hold the turns as lists in JSON."""
+    if "conversation_a" in row:
+        sides, votes = [row["conversation_a"], row["conversation_b"]], [row["winner"] == f"model_{one}" for one in "ab"]
+    else:
+        asked, *answers = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
+        if None in (*answers[0], *answers[1]):
+            return None
+        sides, votes = [_turns(asked, one) for one in answers], [int(row[f"winner_model_{one}"]) for one in "ab"]
+    if not any(votes):
+        return None
+    # Both chats begin with the prompt.
+    kept = {name: value for name, value in row.items() if name != "prompt"}
+    return {**kept, "chosen": sides[bool(votes[1])], "rejected": sides[bool(votes[0])]}
+
+
 def ultrafeedback(row: Row) -> Row | None:
     """Return the best and the worst answer of openbmb/UltraFeedback, by the mean of its four ratings."""
     scored = [(one["response"], one.get("fine-grained_score")) for one in row["completions"]]
@@ -74,17 +93,22 @@ def alpaca(row: Row) -> Row:
     The prompt is `instruction`, a line end and `input`, after the turns of `history` if there are any.
     """
     asked = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    turns = [
-        {"role": role, "content": text}
-        for exchange in row.get("history") or []
-        for role, text in zip(("user", "assistant"), exchange, strict=True)
-    ]
+    turns = _turns(*zip(*row["history"], strict=True)) if row.get("history") else []
     made = {**row, "prompt": [*turns, {"role": "user", "content": asked}] if turns else asked}
     answer = row.get("output")
     if isinstance(answer, list):
         made["chosen"], made["rejected"] = answer
         return made
     return made if answer is None else {**made, "completion": answer}
+
+
+def _turns(asked: Sequence[str], answers: Sequence[str]) -> list[Row]:
+    pairs = zip(asked, answers, strict=True)
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _pair(row: Row, prompt: Any, answers: Sequence[Any], better: int) -> Row:

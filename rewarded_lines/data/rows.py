@@ -50,18 +50,15 @@ def silent(sentence: str) -> None:
     """Drop the sentence."""
 
 
-def read_rows(
-    spec: DataSpec, layouts: Layouts, root: Path = Path(), beside: Sequence[str] = (), columns: bool = False
-) -> list[Row]:
+def read_rows(spec: DataSpec, layouts: Layouts, root: Path = Path()) -> list[Row]:
     """Return the rows of a source with the roles of the first layout that the columns of row 0 allow.
 
-    A role holds a text, or a list of messages `{"role": ..., "content": ...}`. Columns `beside` them are kept,
-    unchanged, in rows that fill them. With `columns`, all columns but prompts and completions are kept under `COLUMNS`,
-    too, for rewards that read them.
+    A role holds a text, or a list of messages `{"role": ..., "content": ...}`. All columns but prompts and completions
+    are kept, unchanged, under `COLUMNS`.
     """
     source = str(local_path(spec.file, root)) if spec.file is not None else str(spec.dataset)
     raw = read_local(Path(source), spec.split) if spec.file is not None else _from_hub(spec)
-    rows = list(islice(_shape(raw, spec, layouts, root, beside, columns), spec.limit))
+    rows = list(islice(_shape(raw, spec, layouts, root), spec.limit))
     if not rows:
         raise fail("there are no rows", where=source, expected="at least one")
     return rows
@@ -89,24 +86,15 @@ def _value_text(value: Any) -> str:
     return blake3.blake3(pickle.dumps(value)).hexdigest()
 
 
-def _shape(
-    raw: Iterable[tuple[str, Row]],
-    spec: DataSpec,
-    layouts: Layouts,
-    root: Path,
-    beside: Sequence[str],
-    columns: bool,
-) -> Iterator[Row]:
+def _shape(raw: Iterable[tuple[str, Row]], spec: DataSpec, layouts: Layouts, root: Path) -> Iterator[Row]:
     function = find_function(spec.rows, root, where="`rows`") if spec.rows else None
     layout: tuple[str, ...] | None = None
     for where, row in raw:
         for one in [row] if function is None else _call(function, row, where):
             named = _rename(one, spec.columns, where)
             layout = layout or _choose(named, layouts, where)
-            kept = {name: named[name] for name in beside if named.get(name)}
-            if columns:
-                kept[COLUMNS] = {name: value for name, value in named.items() if name not in _GIVEN}
-            yield {role: _check(named, role, where, layouts) for role in layout} | kept
+            columns = {name: value for name, value in named.items() if name not in _GIVEN}
+            yield {role: _check(named, role, where, layouts) for role in layout} | {COLUMNS: columns}
 
 
 def _call(function: Any, row: Row, where: str) -> list[Mapping[str, Any]]:

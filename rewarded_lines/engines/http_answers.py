@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -38,17 +39,31 @@ class HttpAnswer:
         """Return the content of the JSON; a ValueError if it is none."""
         return json.loads(self.text)
 
+    def with_told_status(self) -> HttpAnswer:
+        """Return a success that holds an error with the error's code as its status, as OpenRouter sends them."""
+        code = str(error.get("code")) if isinstance(error := _error_in(self.json()), dict) else ""
+        return replace(self, status=int(code)) if re.fullmatch("[45][0-9][0-9]", code) else self
+
     @property
     def words(self) -> str:
         """The status and the server's message."""
         try:
             content = self.json()
-            error = content.get("error", content.get("detail", content))
+            error = _error_in(content) or content.get("detail", content)
             message = str(error.get("message", error) if isinstance(error, dict) else error)
         except (ValueError, AttributeError):
             message = self.text
         moved = f" (moved to {self.headers['location']})" if "location" in self.headers else ""
         return f"status {self.status}: {message}{moved}"
+
+
+def _error_in(content: Any) -> Any:
+    """Return the error that an answer's JSON holds, by itself or in its first choice; None without one."""
+    if not isinstance(content, dict):
+        return None
+    choices = content.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first.get("error") if isinstance(first, dict) else content.get("error")
 
 
 class HttpFailure(Exception):

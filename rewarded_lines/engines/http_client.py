@@ -59,7 +59,7 @@ class HttpClient:
         self._headers = dict(headers or {})
         self._sessions: list[aiohttp.ClientSession] = []
         try:
-            parts = urlsplit(url)
+            parts = self._parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
                 raise ValueError(f"scheme {parts.scheme!r}, host {parts.hostname!r}")
         except ValueError as error:
@@ -181,7 +181,9 @@ class HttpClient:
         headers = {"Content-Type": "application/json"} if body is not None else {}
         try:
             how: dict[str, Any] = {"headers": headers, "allow_redirects": False, "proxy": self._proxy}
-            async with self._opened().request(method, self.url + path, data=body, **how) as got:
+            # What follows a question mark stays behind the path, such as Azure's `api-version`.
+            url = self._parts._replace(path=self._parts.path + path).geturl()
+            async with self._opened().request(method, url, data=body, **how) as got:
                 text = (await got.read()).decode(errors="replace")
                 response = HttpAnswer(got.status, {name.lower(): one for name, one in got.headers.items()}, text)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -192,7 +194,7 @@ class HttpClient:
             raise HttpFailure(self._said(error)) from error
         if as_json and response.good:
             try:
-                response.json()
+                return response.with_told_status()
             except ValueError as error:
                 raise HttpFailure(self.masked(f"an answer that is not JSON: {response.text[:SHOWN]!r}")) from error
         return response

@@ -150,7 +150,7 @@ def shape_from(name: str, config: Config, tensors: Tensors) -> ModelShape:
         largest=max(info.bytes for info in kept),
         layers=int(text["num_hidden_layers"]),
         hidden=hidden,
-        inner=_inner(text, hidden),
+        inner=2 * gates(text),
         vocabulary=int(text.get("vocab_size", config.get("vocab_size", 0))),
         heads=heads,
         edges=sum(sum(info.shape) for info in linear),
@@ -170,13 +170,20 @@ def _undivided(info: TensorInfo) -> int:
     return columns if _BY_ROWS.search(info.name) else rows if _BY_COLUMNS.search(info.name) else rows + columns
 
 
-def _inner(text: Config, hidden: int) -> int:
-    """Return the values that the widest step makes for a token: gate and up, of every expert that the token visits."""
-    dense = text.get("intermediate_size") or 4 * hidden
+def gates(text: Config) -> int:
+    """Return the gates that the widest block makes for a token, those of every expert that the token visits."""
+    dense = text.get("intermediate_size") or 4 * text["hidden_size"]
     dense = max(dense) if isinstance(dense, list) else dense
     experts = text.get("num_experts_per_tok") or 0
     visited = experts * (text.get("moe_intermediate_size") or dense) if experts else 0
-    return 2 * max(int(dense), int(visited))
+    return max(int(dense), int(visited))
+
+
+def whole_text(config: Any) -> dict[str, Any]:
+    """Return the language model's part of a config of transformers, its values under the usual names, too."""
+    known = config.get_text_config()
+    content: dict[str, Any] = known.to_dict()
+    return content | {name: content[own] for name, own in known.attribute_map.items() if own in content}
 
 
 def _llama(name: str) -> tuple[dict[str, Any], Tensors]:
@@ -208,11 +215,8 @@ def _whole_config(folder: Path) -> Config:
             # A class that transformers does not know: the file alone has to do.
             pass
         else:
-            known = whole.get_text_config()
-            content = known.to_dict()
-            names = {name: content[own] for name, own in known.attribute_map.items() if own in content}
-            text = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **content, **names}
-            return text if known is whole else {"text_config": text}
+            text = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **whole_text(whole)}
+            return text if whole.get_text_config() is whole else {"text_config": text}
     return config
 
 

@@ -10,26 +10,35 @@ from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.config_values import parse_strip
-from rewarded_lines.data.prompts import Prompt, encode, split_text
+from rewarded_lines.data.chat_templates import render
+from rewarded_lines.data.prompts import Prompt, split_text
 from rewarded_lines.engines.base import Response, Tokens
 from rewarded_lines.errors import fail
 
-_THINK = "<think>"
+_THINK, _THOUGHT = "<think>", "</think>"
 
 
 def prompts_told(tokenizer: Any, prompts: Sequence[Prompt], spec: GenerationSpec) -> str:
     """Return what a user may not expect of the prompts, or "".
 
-    Texts are not turns, although the model has a chat template. Or rewards read thoughts, with which it begins answers.
+    Texts are not turns, although the model has a chat template. Or rewards read thoughts, which it begins or allows.
     """
     if tokenizer.chat_template and all(isinstance(prompt, str) for prompt in prompts):
         return "the model reads texts without its chat template; `chat: true` makes turns of them"
     chats = [prompt for prompt in prompts[:1] if isinstance(prompt, list)]
-    if spec.strip or not any(tokenizer.decode(ids).rstrip().endswith(_THINK) for ids in encode(tokenizer, chats)):
+    if spec.strip or not chats:
         return ""
+    asked, off = (
+        render(tokenizer, chats, add_generation_prompt=True, tokenize=False, **how)[0].rstrip()
+        for how in ({}, {"enable_thinking": False})
+    )
+    # Templates such as Qwen3's end thoughts before they begin where they are turned off.
+    if not asked.endswith(_THINK) and (not off.endswith(_THOUGHT) or asked.endswith(_THOUGHT)):
+        return ""
+    way = "begins each answer with" if asked.endswith(_THINK) else "lets answers begin with"
     return (
-        f"the chat template begins each answer with {_THINK}, so rewards read the thoughts, too; "
-        f'`generation: {{strip: "{_THINK}…</think>"}}` hides them'
+        f"the chat template {way} {_THINK}, so rewards read the thoughts, too; "
+        f'`generation: {{strip: "{_THINK}…{_THOUGHT}"}}` hides them'
     )
 
 

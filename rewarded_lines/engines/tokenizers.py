@@ -9,8 +9,8 @@ from typing import Any
 from rewarded_lines.checkpoints.adapter_config import read_adapter_config
 from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.chat_templates import with_settings
 from rewarded_lines.data.lengths import positions_of
-from rewarded_lines.data.messages import with_settings
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.base import Workload
 from rewarded_lines.errors import fail
@@ -72,6 +72,15 @@ def load_config(model: str) -> Any:
     except ValueError as error:
         remedy = "name a model of a class that transformers has: the code in a model's folder is not run here"
         raise fail("the model's config cannot be read", where=model, got=str(error), remedy=remedy) from error
+
+
+def attention_of(config: Any) -> dict[str, str]:
+    """Return how transformers must be told to load a model that caps the logits of its attention, as Gemma 2 does.
+
+    Its default, torch's SDPA, leaves the caps out in silence; vLLM computes them.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 def base_model(model: str) -> str:

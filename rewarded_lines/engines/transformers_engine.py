@@ -17,7 +17,9 @@ from rewarded_lines.engines.memory_levels import place_for
 from rewarded_lines.engines.resident import Resident
 from rewarded_lines.engines.responses import ResponseReader
 from rewarded_lines.engines.tokenizers import (
+    attention_of,
     end_tokens,
+    load_config,
     load_generation_config,
     load_tokens,
     longest_sequence,
@@ -262,9 +264,8 @@ def _load_model(work: Workload) -> tuple[Any, Any, int]:
 
     # Before the weights, which take a while.
     tokenizer, _, longest = load_tokens(work)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        work.model, dtype=getattr(torch, work.spec.dtype), trust_remote_code=False
-    )
+    kind, attention = getattr(torch, work.spec.dtype), attention_of(load_config(work.model))
+    model: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=kind, trust_remote_code=False, **attention)
     if work.texts != work.model:
         model.generation_config = load_generation_config(work.texts)
     try:

@@ -16,9 +16,9 @@ from pydantic import ValidationError
 from rewarded_lines.checkpoints.adapters import names_adapter
 from rewarded_lines.checkpoints.hashing import KNOWN, file_hash, model_hash, policy_hash
 from rewarded_lines.config import DataSpec, GenerationSpec, decides
+from rewarded_lines.data.chat_templates import check_template
 from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.lengths import Limit, fit_prompts, positions_of
-from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.data.row_files import describe_files
 from rewarded_lines.data.rows import Row, read_rows, rows_hash

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import Problem
@@ -21,7 +22,7 @@ _TOP = 20
 _NEGLIGIBLE = 0.01
 _SHOWN = 200
 # Servers have other words for an answer that ended by itself, but these for one that was cut.
-_CUT = ("length", "max_tokens", "content_filter")
+_CUT = ("length", "model_length", "max_tokens", "content_filter", "error")
 # Some servers take no larger seeds.
 _MOST_SEEDS = 2**31
 
@@ -37,8 +38,9 @@ class ApiJudge(JudgeReward):
     def __init__(self, name: str, spec: RewardSpec) -> None:
         """Ask for the server's models, to learn that it is there and takes the key."""
         super().__init__(name, spec)
-        url = str(spec.url).rstrip("/").removesuffix(_PATH)
-        served = spec.model_copy(update={"url": url})
+        parts = urlsplit(str(spec.url))
+        path = parts.path.rstrip("/").removesuffix(_PATH).rstrip("/")
+        served = spec.model_copy(update={"url": parts._replace(path=path).geturl()})
         self._server = RewardServer(name, served, "an OpenAI-compatible chat completion")
         # A key may be good for chat completions only: then this is 403.
         self._server.check("GET", "/models", wrong=(401, 407))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rewarded_lines.config_values import CHAT, TEXT
-from rewarded_lines.data.messages import as_turns, check_template, more_than_text, render
+from rewarded_lines.data.chat_templates import check_template, render
+from rewarded_lines.data.messages import as_turns, more_than_text
 from rewarded_lines.data.prompts import Prompt, one_bos, prompt_text
 from rewarded_lines.errors import fail
 
@@ -25,13 +26,15 @@ class ClassifierReading:
 
     The template "chat" renders the whole conversation with the tokenizer's chat template. A text template fills
     {prompt} and {response}; a chat's {prompt} joins all turns but the system's by blank lines. Two texts, or one
-    text with the tokenizer's separator in it, make a pair for a cross-encoder, with token types if it has them.
-    None reads a chat by the template "chat", as TRL's trainers do, and a text followed by its response.
+    text with the tokenizer's separator in it, make a pair for a cross-encoder, with token types if it has them. None
+    reads a chat by the template "chat", as TRL's trainers do, and a text followed by its response. A text ends with
+    the token `last`, where the model reads its score at that one.
     """
 
     tokenizer: Any
     template: Template | None
     where: str
+    last: int | None = None
 
     def tokens(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> tuple[list[Tokens], list[Tokens] | None]:
         """Return the token ids of each prompt with its response, and token types of pairs."""
@@ -40,12 +43,12 @@ class ClassifierReading:
         if self.template is None:
             return self._by_kind(prompts, responses), None
         if self.template == CHAT:
-            return self._conversations(prompts, responses), None
+            return self._ended(self._conversations(prompts, responses)), None
         texts = [text_of(prompt, self.where) for prompt in prompts]
         if isinstance(self.template, str):
             made = self._filled((self.template,), texts, responses)
             ids = [one_bos(self.tokenizer, row) for row in made["input_ids"]]
-            return ids, self._types_by_separator(self.template, ids, texts, responses)
+            return self._ended(ids), self._types_by_separator(self.template, ids, texts, responses)
         made = self._filled(self.template, texts, responses)
         return made["input_ids"], made.get("token_type_ids")
 
@@ -96,6 +99,9 @@ class ClassifierReading:
         ]
         made = render(self.tokenizer, chats, tokenize=True, return_dict=True)["input_ids"]
         return [one_bos(self.tokenizer, row) for row in made]
+
+    def _ended(self, ids: list[Tokens]) -> list[Tokens]:
+        return ids if self.last is None else [[*row, self.last] for row in ids]
 
     def _filled(self, parts: Sequence[str], prompts: Sequence[str], responses: Sequence[str]) -> Any:
         """Tokenize a text, or a pair of texts, filled with each prompt and response."""

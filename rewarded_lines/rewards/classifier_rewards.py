@@ -12,6 +12,7 @@ from typing import Any
 from rewarded_lines.config_values import parse_format
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.data.prompts import Prompt
+from rewarded_lines.engines.tokenizers import attention_of
 from rewarded_lines.errors import did_you_mean, fail, listed
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, find_device, with_dtype
@@ -33,6 +34,8 @@ from rewarded_lines.rewards.vllm_classifier import VllmClassifier
 
 # Marks classifiers that older versions read with other tokens; their cached scores do not count.
 _READ_ANEW, _READ_LAST, _READ_CHATS = ":2", ":last", ":chats"
+# Marks those whose attention older versions computed without its caps.
+_CAPPED = ":capped"
 _MOST_NAMES = 40
 Backend = HuggingFaceClassifier | VllmClassifier
 _BACKENDS: dict[str, type[Backend]] = {"hf": HuggingFaceClassifier, "vllm": VllmClassifier}
@@ -49,6 +52,8 @@ class SharedClassifier(SharedModel[Backend]):
         longest: the most tokens that the model can read, or None without a limit.
         positions: the config's limit, which `max_tokens` may extend.
         pad: the token that ends no text, or None if any token may.
+        capped: whether its attention has caps.
+        last: the token that must end each text, as of InternLM2's reward models; None if any token may.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class SharedClassifier(SharedModel[Backend]):
         refuse_too_large(where, self._stored.base, self._spec, config, device)
         self.tokenizer = _load_tokenizer(where, tokenizer or tokenizer_of(self._stored), spec.trust_remote_code)
         self.positions = positions_of(config)
+        self.capped = bool(attention_of(config))
+        self.last: int | None = getattr(config, "reward_token_id", None)
         self._known: dict[tuple[bytes, bytes], list[float]] = {}
         backend = self.held
         self.size, self.longest, self.classes, self.pad = backend.size, backend.longest, backend.classes, backend.pad
@@ -115,7 +122,12 @@ class SharedClassifier(SharedModel[Backend]):
 
     def _example(self) -> list[int]:
         """Return the tokens of a text in the reward's template, which own code may look for."""
-        return ClassifierReading(self.tokenizer, self._spec.template, self._where).tokens(["a"], ["b"])[0][0]
+        return self.reading(self._spec, self._where).tokens(["a"], ["b"])[0][0]
+
+    def reading(self, spec: RewardSpec, where: str) -> ClassifierReading:
+        """Return how a reward on this model reads its texts."""
+        undeclared = "template" not in spec.model_fields_set and self.tokenizer.chat_template
+        return ClassifierReading(self.tokenizer, None if undeclared else spec.template, where, self.last)
 
 
 def share_classifier(
@@ -157,10 +169,10 @@ class ModelReward(Reward):
         self._where = f"reward `{name}`"
         self._spec, self._model = spec, shared
         self.device, self.size, self.tokenizer = shared.device, shared.size, shared.tokenizer
-        undeclared = "template" not in spec.model_fields_set and bool(shared.tokenizer.chat_template)
-        self._reading = ClassifierReading(shared.tokenizer, None if undeclared else spec.template, self._where)
+        self._reading = shared.reading(spec, self._where)
         old = _READ_LAST if shared.reads_last else _READ_ANEW if self._reading.is_new(shared.pad) else ""
-        self.fingerprint = shared.fingerprint + old + (_READ_CHATS if undeclared else "")
+        old += _READ_CHATS if self._reading.template is None else ""
+        self.fingerprint = shared.fingerprint + old + (_CAPPED if shared.capped else "")
         limits = [spec.max_tokens or shared.positions, shared.longest]
         self.limit = min((limit for limit in limits if limit), default=None)
         self._terms = [(self._class(one, shared), weight) for one, weight in self._format(shared)]

@@ -16,7 +16,7 @@ from rewarded_lines.config import GenerationSpec
 from rewarded_lines.data.lengths import positions_of
 from rewarded_lines.engines.base import SwappingGenerator, Tokens, Workload
 from rewarded_lines.engines.responses import ResponseReader
-from rewarded_lines.engines.tokenizers import base_model, load_config, load_tokenizer
+from rewarded_lines.engines.tokenizers import attention_of, base_model, load_config, load_tokenizer
 from rewarded_lines.engines.transformers_engine import HfGenerator
 from rewarded_lines.engines.vllm_core import sampling_settings
 from rewarded_lines.engines.vllm_models import VllmGenerator
@@ -202,7 +202,11 @@ def load_causal(where: str, spec: RewardSpec, reference: str) -> Any:
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            reference, dtype=getattr(torch, spec.dtype), output_loading_info=True, trust_remote_code=False
+            reference,
+            dtype=getattr(torch, spec.dtype),
+            output_loading_info=True,
+            trust_remote_code=False,
+            **attention_of(load_config(reference)),
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise cannot_load(where, reference, error) from error

@@ -10,12 +10,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import blake3
 
 from rewarded_lines.config_values import CHAT
-from rewarded_lines.data.messages import Messages, as_turns, is_chat
+from rewarded_lines.data.messages import as_turns, is_chat, read_messages
 from rewarded_lines.data.prompts import Prompt, prompt_text
 from rewarded_lines.data.rows import Row
 from rewarded_lines.errors import Problem, fail, listed
@@ -93,7 +92,7 @@ class QuestionForm:
         name = SFT_RESPONSE if self.spec.against == SFT_MODEL else str(self.spec.against)
         value = row.get(name)
         if is_chat(value):
-            value = _as_messages(value)[-1].get("content")
+            value = read_messages(value, f"{self.where}, against: {self.spec.against}")[-1]["content"]
         if not isinstance(value, str):
             raise fail(
                 "a row has no answer to compare with",
@@ -118,7 +117,7 @@ class QuestionForm:
                 remedy="fill it, or leave the row out with a row function",
             )
         if is_chat(value):
-            return prompt_text(_as_messages(value))
+            return prompt_text(read_messages(value, f"{self.where}, column `{name}`"))
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
     def _filled(self, values: Mapping[str, str]) -> str:
@@ -134,11 +133,6 @@ class QuestionForm:
         return Question([*system, *as_turns(content)], self.spec.prefill)
 
 
-def _as_messages(value: Any) -> Messages:
-    """Return the turns in a column, which may hold a single one."""
-    return [dict(value)] if isinstance(value, Mapping) else [dict(turn) for turn in value]
-
-
 def _named(pair: tuple[str, str]) -> dict[str, str]:
     first, second = pair
     return {"a": first, "b": second, "response": first, "reference": second}
@@ -152,6 +146,11 @@ def seed_of(question: Question, seed: int) -> int:
 
 # With less of the next token than this, the shares of `tokens:` are shares of noise.
 _LEAST = 0.01
+# What a reasoning model writes before its answer. Its last part may be cut.
+_THOUGHTS = re.compile(r"^.*(?:</think>|\[/THINK\])\s*|(?:<think>|\[THINK\]).*$", re.DOTALL)
+_THINKS = (
+    "set `chat_template_kwargs: {enable_thinking: false}` if its template knows it, or read its answer with `pattern:`"
+)
 # What follows a number that a pattern cuts, as (\d) does in "Score: 10".
 _MORE_DIGITS = re.compile(r"\.?\d+")
 _SHOWN = 160
@@ -162,12 +161,23 @@ def verdict_texts(spec: RewardSpec) -> tuple[str, ...]:
     return spec.token or tuple(spec.tokens)
 
 
+def refuse_thoughts(question: str, where: str) -> None:
+    """Refuse a question, as the judge gets it, that ends within its thoughts: no verdict is the next token."""
+    last = question.rstrip()[-_SHOWN:]
+    if last.rfind("<think>") > last.rfind("</think>"):
+        what = "the judge's answer begins with thoughts"
+        raise fail(what, where=where, expected="a verdict as the next token", got=repr(last), remedy=_THINKS)
+
+
 def of_next_token(found: NextToken, spec: RewardSpec, where: str) -> float | Problem:
     """Return the score of a verdict in one token, or why there is none.
 
     Σ P(text) for `token:`; Σ value·P(text) / Σ P(text) for `tokens:`.
     """
     texts, total = verdict_texts(spec), math.fsum(found.shares)
+    if found.other.strip() == "<think>":
+        what = "the judge thinks before it answers"
+        return Problem(what, where=where, got=f"{found.other!r} as the likeliest token for", remedy=_THINKS)
     alike = {text.strip().casefold() for text in texts}
     if found.other and found.other.strip().casefold() in alike:
         return Problem(
@@ -200,20 +210,24 @@ def _with_spelling(spec: RewardSpec, other: str) -> str:
 
 
 def of_answer(found: Answer, spec: RewardSpec, where: str) -> float | Problem:
-    """Return the score that the pattern finds in an answer, or why there is none."""
-    text = spec.prefill + found.text
+    """Return the score that the pattern finds in an answer, or why there is none.
+
+    What a judge thinks is no verdict, unless the pattern itself names the marks of its thoughts.
+    """
+    whole = spec.prefill + found.text
+    text = whole if "think" in str(spec.pattern).lower() else _THOUGHTS.sub("", whole)
     matches = list(re.finditer(str(spec.pattern), text))
     if not found.ended and (spec.match == "last" or (matches and matches[0].end() == len(text))):
         return _no_verdict(
             "the judge's answer was cut before its end",
             where,
-            text,
+            whole,
             "an answer that ends",
             "raise `max_new_tokens:`" + (", or set `match: first`" if spec.match == "last" else ""),
         )
     if not matches:
         remedy = "correct `pattern:` or the template, raise `max_new_tokens:`, or set `unmatched: abstain`"
-        return _no_verdict("the judge's answer has no verdict", where, text, f"a match of {spec.pattern!r}", remedy)
+        return _no_verdict("the judge's answer has no verdict", where, whole, f"a match of {spec.pattern!r}", remedy)
     found_at = matches[-1 if spec.match == "last" else 0]
     verdict = _captured(found_at)
     if spec.verdicts:

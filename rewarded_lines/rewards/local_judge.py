@@ -8,7 +8,7 @@ from typing import Any
 
 from rewarded_lines.config import GenerationSpec
 from rewarded_lines.config_values import CHAT
-from rewarded_lines.data.messages import check_template, render
+from rewarded_lines.data.chat_templates import check_template, render
 from rewarded_lines.data.prompts import Prompt, encode
 from rewarded_lines.engines.tokenizers import load_tokenizer
 from rewarded_lines.errors import Problem, UserError, fail
@@ -16,7 +16,7 @@ from rewarded_lines.references import looks_local
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import cannot_load, find_device
 from rewarded_lines.rewards.judge_models import JudgeModel, share_judge
-from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, seed_of, verdict_texts
+from rewarded_lines.rewards.judge_questions import Answer, NextToken, Question, refuse_thoughts, seed_of, verdict_texts
 from rewarded_lines.rewards.judge_rewards import JudgeReward
 from rewarded_lines.rewards.reward import Columns
 from rewarded_lines.rewards.score_checks import PairError
@@ -72,6 +72,8 @@ class LocalJudge(JudgeReward):
         if self.tokenizer.chat_template and chats:
             check_template(self.tokenizer, chats, self._where)
         if texts := verdict_texts(self._spec):
+            for rendered, question in zip(self._rendered(questions), questions, strict=True):
+                refuse_thoughts(rendered + question.prefill, self._where)
             faults = (one for one in self._token_ids(questions, texts)[1] if isinstance(one, Problem))
             if fault := next(faults, None):
                 raise UserError(fault)

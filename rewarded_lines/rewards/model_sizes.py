@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, read_json_object
+from rewarded_lines.engines.kv_cache import kv_bytes, kv_layers
+from rewarded_lines.engines.model_shapes import gates, whole_text
 from rewarded_lines.engines.vllm_memory import WORKING_MEMORY, working_memory
 from rewarded_lines.errors import fail
 from rewarded_lines.out_of_memory import empty_cache
@@ -35,16 +37,6 @@ def weights_size(reference: str, spec: RewardSpec, config: Any) -> int:
     return count * int(getattr(torch, spec.dtype).itemsize)
 
 
-def cache_size(config: Any, spec: RewardSpec, longest: int) -> int:
-    """Return the bytes of the longest text's keys and values."""
-    import torch
-
-    own = config.get_text_config()
-    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-    return int(2 * own.num_hidden_layers * heads * width * longest * getattr(torch, spec.dtype).itemsize)
-
-
 def engine_size(config: Any, spec: RewardSpec, weights: int, longest: int, device: str) -> tuple[int, int]:
     """Return the bytes that an engine may take, 0 if unknown, and those that it holds while it exists.
 
@@ -53,24 +45,16 @@ def engine_size(config: Any, spec: RewardSpec, weights: int, longest: int, devic
     """
     import torch
 
-    itemsize = getattr(torch, spec.dtype).itemsize
-    own = config.get_text_config()
-    names = "intermediate_size", "moe_intermediate_size", "num_experts_per_tok"
-    inner, of_expert, experts = (_most(getattr(own, name, None)) for name in names)
-    inner = max(inner or 4 * own.hidden_size, of_expert * experts)
-    work = working_memory(own.hidden_size, inner, longest, itemsize, own.vocab_size if spec.judge is not None else 0)
-    needed = weights + cache_size(config, spec, longest) + work if weights else 0
+    itemsize, text = getattr(torch, spec.dtype).itemsize, whole_text(config)
+    sampled = text["vocab_size"] if spec.judge is not None else 0
+    work = working_memory(text["hidden_size"], gates(text), longest, itemsize, sampled)
+    needed = weights + kv_bytes(kv_layers(text)[0], longest, itemsize) + work if weights else 0
     if not device.startswith("cuda"):
         return needed, weights
     empty_cache()
     if needed > (free := available_memory(device)):
         raise MemoryError(f"{in_gib(needed)} are needed for vLLM, {in_gib(free)} are free on {device}")
     return needed, needed
-
-
-def _most(value: Any) -> int:
-    """Return a number of a config, the largest where each layer has its own."""
-    return max(value) if isinstance(value, list | tuple) else int(value or 0)
 
 
 def refuse_too_large(where: str, reference: str, spec: RewardSpec, config: Any, device: str) -> None:

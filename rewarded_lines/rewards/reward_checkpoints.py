@@ -53,6 +53,7 @@ class RewardCheckpoint:
         mean: subtracted from the head's value.
         deviation: the value is divided by it.
         own_code: the classes in the folder's own code, by transformers' auto class.
+        architectures: the classes that saved it.
     """
 
     reference: str
@@ -65,6 +66,7 @@ class RewardCheckpoint:
     mean: float
     deviation: float
     own_code: Mapping[str, Any]
+    architectures: tuple[str, ...]
 
     @property
     def has_head(self) -> bool:
@@ -134,6 +136,7 @@ def open_reward_checkpoint(where: str, reference: str) -> RewardCheckpoint:
         mean=_number(config.get("mean", 0.0)) if normalized else 0.0,
         deviation=_number(config.get("std", 1.0)) if normalized else 1.0,
         own_code=config.get("auto_map") or {},
+        architectures=tuple(config.get("architectures") or ()),
     )
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, PREFIX
+from rewarded_lines.engines.tokenizers import attention_of
 from rewarded_lines.errors import UserError, fail, listed
 from rewarded_lines.rewards.classifier_backends import cannot_load, no_classifier, without_load_report
-from rewarded_lines.rewards.reward_checkpoints import OWN_HEADS, WRAPPER, RewardCheckpoint, shapes_in, tokenizer_of
+from rewarded_lines.rewards.reward_checkpoints import OWN_HEADS, WRAPPER, RewardCheckpoint, shapes_in
 
 _CLASSIFIER, _ANY = "AutoModelForSequenceClassification", "AutoModel"
 TRUST = "set `trust_remote_code: true` in the reward to run it; read it first"
@@ -29,12 +30,6 @@ _UNREAD = ("lm_head", "embed_out")
 _LAST_LAYER = re.compile(r"(^|\.)(score|classifier|out_proj|logits_proj)(\.modules_to_save(\.[^.]+)?)?\.weight$")
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+\.)?")
 _SHOWN = 6
-_FOLD = (
-    'python -c "from peft import PeftModel; from transformers import AutoModelForSequenceClassification as M; '
-    "from transformers import AutoTokenizer as T; model = M.from_pretrained({base!r}, num_labels={rows}); "
-    "PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained({out!r}); "
-    'T.from_pretrained({tokenizer!r}).save_pretrained({out!r})"'
-)
 
 
 @dataclass
@@ -72,9 +67,10 @@ def load_config(where: str, checkpoint: RewardCheckpoint, trust: bool) -> Any:
 
 
 def runs_own_code(checkpoint: RewardCheckpoint, trust: bool) -> bool:
-    """Return whether the folder's own code makes the model."""
+    """Return whether the folder's own code makes the model: `AutoModel` may also stand for a body without a head."""
     own = checkpoint.own_code
-    return trust and (_CLASSIFIER in own or (_ANY in own and not checkpoint.has_head))
+    whole = str(own.get(_ANY)).rpartition(".")[2] in checkpoint.architectures or not checkpoint.has_head
+    return trust and (_CLASSIFIER in own or (_ANY in own and whole))
 
 
 def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool) -> LoadedModel:
@@ -93,16 +89,16 @@ def load_model(where: str, checkpoint: RewardCheckpoint, dtype: Any, trust: bool
                 got=checkpoint.reference,
                 remedy="fold it into its base with that code, and name the folder that comes out",
             )
-        model = _load_own(where, checkpoint, dtype)
-        return LoadedModel(model, [], _columns_of, pad, own_code=True)
-    model, missing, unread = _load_whole(where, checkpoint, dtype, config)
+        return LoadedModel(_load_own(where, checkpoint, dtype, config), [], _columns_of, pad, own_code=True)
+    code = checkpoint.own_code and not trust
+    model, missing, unread = _load_whole(where, checkpoint, dtype, config, TRUST if code else "")
     if checkpoint.head:
         missing -= _set_head(where, checkpoint, model)
     if checkpoint.adapter:
         missing -= _attach_adapter(where, checkpoint, model)
     if missing:
         # transformers would initialize the head at random, and its scores would be noise.
-        raise _no_head(where, checkpoint, missing, unread, trust)
+        raise _no_head(where, checkpoint, missing, unread, f"the model has code of its own; {TRUST}" if code else "")
     left = [name for name in unread if name.removeprefix(WRAPPER).startswith(OWN_HEADS)]
     if left and not checkpoint.head:
         raise _reads_tokens(where, f"{checkpoint.reference} with {listed(left, _SHOWN)}, which no class for texts has")
@@ -130,9 +126,8 @@ def names_of_output(where: str, model: Any, output: Any) -> list[str]:
     gated = getattr(output, "rewards", None) is not None and getattr(output, "score", None) is not None
     count = columns.shape[1] - gated
     labels = getattr(model.config, "id2label", None) or {}
-    named = (
-        [str(labels[at]) for at in sorted(labels)] if len(labels) == count else [f"LABEL_{at}" for at in range(count)]
-    )
+    labels = labels if len(labels) == count else {at: f"LABEL_{at}" for at in range(count)}
+    named = [str(labels[at]) for at in sorted(labels)]
     return [*named, "score"] if gated else named
 
 
@@ -153,26 +148,14 @@ def _columns_of(output: Any) -> Any:
     return (found[:, None] if found.ndim == 1 else found).cpu().double()
 
 
-def fold_command(checkpoint: RewardCheckpoint) -> str:
-    """Return the command that makes a whole classifier of an adapter; "" if transformers has no class for that."""
-    if not checkpoint.adapter or checkpoint.head:
-        return ""
-    out = checkpoint.reference if Path(checkpoint.reference).is_dir() else Path(checkpoint.reference).name
-    return _FOLD.format(
-        base=checkpoint.base,
-        rows=_head_rows(checkpoint) or 1,
-        adapter=checkpoint.reference,
-        tokenizer=tokenizer_of(checkpoint),
-        out=f"{out.rstrip('/')}-whole",
-    )
-
-
-def _load_whole(where: str, checkpoint: RewardCheckpoint, dtype: Any, config: Any) -> tuple[Any, set[str], list[str]]:
+def _load_whole(
+    where: str, checkpoint: RewardCheckpoint, dtype: Any, config: Any, remedy: str
+) -> tuple[Any, set[str], list[str]]:
     """Return the classifier, names of weights that it lacks, and names of stored tensors that it does not read."""
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    if (rows := _head_rows(checkpoint)) is not None:
+    if (rows := head_rows(checkpoint)) is not None:
         config.num_labels = rows
     wrapped = any(name.startswith(WRAPPER) for name in checkpoint.tensors)
     try:
@@ -184,14 +167,15 @@ def _load_whole(where: str, checkpoint: RewardCheckpoint, dtype: Any, config: An
                 dtype=dtype,
                 output_loading_info=True,
                 trust_remote_code=False,
+                **attention_of(config),
                 **({"key_mapping": {rf"^{re.escape(WRAPPER)}": ""}} if wrapped else {}),
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise cannot_load(where, checkpoint.base, error, TRUST if checkpoint.own_code else "") from error
+        raise cannot_load(where, checkpoint.base, error, remedy) from error
     return model, set(loading["missing_keys"]), sorted(loading["unexpected_keys"])
 
 
-def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
+def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any, config: Any) -> Any:
     """Return a model that the folder's own code makes; the user's word for it is known."""
     import transformers
 
@@ -199,7 +183,7 @@ def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
     while True:
         try:
             model, loading = kind.from_pretrained(
-                checkpoint.base, dtype=dtype, output_loading_info=True, trust_remote_code=True
+                checkpoint.base, dtype=dtype, output_loading_info=True, trust_remote_code=True, **attention_of(config)
             )
             break
         except Exception as error:  # noqa: BLE001 - a model's own code may raise anything
@@ -207,11 +191,11 @@ def _load_own(where: str, checkpoint: RewardCheckpoint, dtype: Any) -> Any:
                 remedy = "its own code may need another version of transformers"
                 raise cannot_load(where, checkpoint.base, error, remedy) from error
     if loading["missing_keys"]:
-        raise _no_head(where, checkpoint, set(loading["missing_keys"]), [], trust=True)
+        raise _no_head(where, checkpoint, set(loading["missing_keys"]))
     return model.eval()
 
 
-def _head_rows(checkpoint: RewardCheckpoint) -> int | None:
+def head_rows(checkpoint: RewardCheckpoint) -> int | None:
     """Return the number of classes of the stored head; None if it is not known here."""
     if checkpoint.head:
         return int(_stored_head(checkpoint)["weight"].shape[0])
@@ -273,28 +257,26 @@ def _attach_adapter(where: str, checkpoint: RewardCheckpoint, model: Any) -> set
     return {_SAVED.sub(".", name.removeprefix(PREFIX)) for name in shapes_in(Path(folder, ADAPTER_FILE))}
 
 
-def _no_head(where: str, checkpoint: RewardCheckpoint, missing: set[str], unread: list[str], trust: bool) -> UserError:
+def _no_head(
+    where: str, checkpoint: RewardCheckpoint, missing: set[str], unread: Sequence[str] = (), remedy: str = ""
+) -> UserError:
     """Return the error for a model without a head, with what it holds in place of one."""
     others = [name for name in unread if not any(head in name for head in _UNREAD)]
     beside = f"; it holds {listed(others, _SHOWN)}" if others else ""
-    got = f"{checkpoint.reference} without {', '.join(sorted(missing))}{beside}"
-    own = bool(checkpoint.own_code) and not trust
-    return no_classifier(where, got, f"the model has code of its own; {TRUST}" if own else "")
+    return no_classifier(where, f"{checkpoint.reference} without {', '.join(sorted(missing))}{beside}", remedy)
 
 
 def _reads_tokens(where: str, got: str) -> UserError:
     """Return the error for a head that scores tokens, as process reward models do."""
     expected = "a model with one score for a text, …ForSequenceClassification"
     remedy = "make one number of the steps' scores in a Python function: `function: rewards.py:NAME`"
-    what = "the head scores tokens or steps, not whole texts"
-    return fail(what, where=where, expected=expected, got=got, remedy=remedy)
+    return fail("the head scores tokens or steps, not texts", where=where, expected=expected, got=got, remedy=remedy)
 
 
 def _give_doc_string(error: Exception) -> bool:
     """Give transformers a doc string that older code of a model imports; return whether that was what it lacks."""
     found = _DROPPED.search(str(error))
-    module = importlib.import_module(found[2]) if found else None
-    if found is None or hasattr(module, found[1]):
+    if found is None or hasattr(module := importlib.import_module(found[2]), found[1]):
         return False
     setattr(module, found[1], "")
     return True

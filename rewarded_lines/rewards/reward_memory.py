@@ -33,9 +33,9 @@ class RewardMemory:
 
     def limit(self, device: str) -> int | None:
         """Return the bytes of a device; None without a limit."""
-        if _named(device) == "cpu" or (self.budget is None and _named(device) not in self.decided):
+        if device == "cpu" or (self.budget is None and device not in self.decided):
             return None
-        return self.decided.get(_named(device)) or bytes_of(str(self.budget), whole_memory(device))
+        return self.decided.get(device) or _bytes_of(str(self.budget), whole_memory(device))
 
 
 # Of each model in memory, or that comes back, one reward that has it, and the names of all that share it.
@@ -50,7 +50,7 @@ def held_models(rewards: Iterable[Reward]) -> dict[str, dict[Reward, str]]:
             groups[id(reward.shared)].append(reward)
     models: dict[str, dict[Reward, str]] = defaultdict(dict)
     for some in groups.values():
-        models[_named(some[0].device)][some[0]] = ", ".join(one.name for one in some)
+        models[some[0].device][some[0]] = ", ".join(one.name for one in some)
     return models
 
 
@@ -76,7 +76,7 @@ def staying(models: Sequence[Reward], memory: RewardMemory) -> list[Reward]:
     """Return those of one device's models that stay between uses, as its free memory and the limit allow."""
     device = models[0].device
     room = available_memory(device) - WORKING_MEMORY
-    if _named(device) == "cpu":
+    if device == "cpu":
         room = int(_SHARE_OF_MEMORY * available_memory(device))
     room += sum(one.size for one in models if one.loaded)
     if (limit := memory.limit(device)) is not None:
@@ -129,7 +129,7 @@ def shared_out(
     Of the `card`, a GPU, so many bytes are `free` without them. See `spare_memory` for the rest.
     """
     half = int(_SHARE_OF_GPU * free)
-    whole = bytes_of(budget, card) if budget is not None else max(half, max(sizes) + WORKING_MEMORY)
+    whole = _bytes_of(budget, card) if budget is not None else max(half, max(sizes) + WORKING_MEMORY)
     if offload == "auto":
         stay = those_that_stay(sizes, whole - WORKING_MEMORY)
     else:
@@ -159,11 +159,7 @@ def turns_told(models: HeldModels, stay: Sequence[Reward]) -> str:
     return f"reward models do not fit into the memory of {device} together; {_words(models, stay)}"
 
 
-def bytes_of(budget: str, card: int) -> int:
+def _bytes_of(budget: str, card: int) -> int:
     """Return a budget in bytes; a share is one of the whole GPU."""
     amount = parse_memory(budget)
     return int(amount * card) if budget.rstrip().endswith("%") else int(amount)
-
-
-def _named(device: str) -> str:
-    return "cuda:0" if device == "cuda" else device

@@ -61,12 +61,13 @@ class HuggingFaceClassifier:
             if f".{name}".split(".")[-2] in _POSITION_TABLES
         )
         self.longest = next((min(rows, self._positions or rows) for rows in tables), None)
+        self._own_code = loaded.own_code
         self._has_types = int(getattr(self._config, "type_vocab_size", None) or 0) > 1
         self.classes = loaded.names
         try:
             text = example() if loaded.own_code else self._test_text()
             if loaded.own_code:
-                self.classes = names_of_output(where, self._model, self._run({"input_ids": torch.tensor([text])}))
+                self.classes = names_of_output(where, self._model, self._run(self._alone_in_batch(text)))
             self._alone = self._padding_leaks(text)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
             if ran_out(error):
@@ -128,10 +129,17 @@ class HuggingFaceClassifier:
         """Return the logits of a text without padding."""
         import torch
 
-        inputs = {"input_ids": torch.tensor([list(text)])}
+        inputs = self._alone_in_batch(text)
         if types is not None:
             inputs["token_type_ids"] = torch.tensor([list(types)])
         return self._forward(inputs)[0]
+
+    def _alone_in_batch(self, text: Sequence[int]) -> dict[str, Any]:
+        import torch
+
+        ids = torch.tensor([list(text)])
+        # Own code may find the last token by the mask.
+        return {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if self._own_code else {})
 
     def _batch(self, texts: Ids, types: Ids | None, rows: int, width: int) -> list[list[float]]:
         """Return the logits of padded rows; the rows after the texts are fillers."""

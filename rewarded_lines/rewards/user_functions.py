@@ -26,9 +26,10 @@ from rewarded_lines.rewards.ready_functions import ready_function
 TOKENS = "completion_ids"
 _ANSWERS = ("completions", "responses")
 _TEXTS = ("prompts", *_ANSWERS)
-# First and second parameters that are not the prompts and the responses, as in OpenRLHF's (queries, prompts).
+# First and second parameters that are not the prompts and the responses, as in OpenRLHF's (queries, prompts) and verl's
+# (data_source, solution_str).
 _NO_PROMPTS, _NO_ANSWERS = (
-    ("response", "completion"),
+    ("response", "completion", "data_source", "data_sources", "solution_str", "solution_strs"),
     ("prompt", "prompts", "query", "queries", "question", "questions"),
 )
 # What TRL's trainers give beside texts and columns. The loggers are optional there too; nothing is kept.

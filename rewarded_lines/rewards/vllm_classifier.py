@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.reader import resolve_folder
@@ -15,8 +16,15 @@ from rewarded_lines.out_of_memory import empty_cache
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.classifier_backends import Ids, cannot_load, no_classifier
 from rewarded_lines.rewards.model_sizes import LONGEST, engine_size, weights_size
-from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint
-from rewarded_lines.rewards.reward_heads import fold_command
+from rewarded_lines.rewards.reward_checkpoints import RewardCheckpoint, tokenizer_of
+from rewarded_lines.rewards.reward_heads import head_rows
+
+_FOLD = (
+    'python -c "from peft import PeftModel; from transformers import AutoModelForSequenceClassification as M; '
+    "from transformers import AutoTokenizer as T; model = M.from_pretrained({base!r}, num_labels={rows}); "
+    "PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained({out!r}); "
+    'T.from_pretrained({tokenizer!r}).save_pretrained({out!r})"'
+)
 
 
 class VllmClassifier:
@@ -82,7 +90,7 @@ def _check_form(where: str, spec: RewardSpec, stored: RewardCheckpoint) -> None:
     """Refuse what vLLM would not read as transformers does."""
     own = "a model with code of its own" if spec.trust_remote_code else ""
     if form := stored.form or own or ("a head whose value is normalized" if stored.normalized else ""):
-        command = fold_command(stored)
+        command = _fold_command(stored)
         raise fail(
             "vLLM does not read this reward model",
             where=f"{where}, backend: vllm",
@@ -90,6 +98,20 @@ def _check_form(where: str, spec: RewardSpec, stored: RewardCheckpoint) -> None:
             got=f"{stored.reference}, {form}",
             remedy=f"use `backend: hf`{command and ', or make it a whole model: '}{command}",
         )
+
+
+def _fold_command(checkpoint: RewardCheckpoint) -> str:
+    """Return the command that makes a whole classifier of an adapter; "" if transformers has no class for that."""
+    if not checkpoint.adapter or checkpoint.head:
+        return ""
+    out = checkpoint.reference if Path(checkpoint.reference).is_dir() else Path(checkpoint.reference).name
+    return _FOLD.format(
+        base=checkpoint.base,
+        rows=head_rows(checkpoint) or 1,
+        adapter=checkpoint.reference,
+        tokenizer=tokenizer_of(checkpoint),
+        out=f"{out.rstrip('/')}-whole",
+    )
 
 
 def _read_config(where: str, reference: str) -> Any:

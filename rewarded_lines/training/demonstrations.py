@@ -11,8 +11,9 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from rewarded_lines.config import GenerationSpec, TooLong
+from rewarded_lines.data.chat_templates import check_template, for_template, render
 from rewarded_lines.data.lengths import Limit, fit, positions_of
-from rewarded_lines.data.messages import Messages, check_template, for_template, more_than_text, render
+from rewarded_lines.data.messages import Messages, more_than_text
 from rewarded_lines.data.prompts import encode_answers, one_bos
 from rewarded_lines.data.rows import Row, Tell
 from rewarded_lines.engines.tokenizers import (

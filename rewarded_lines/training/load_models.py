@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.reader import resolve_folder
+from rewarded_lines.engines.tokenizers import attention_of
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.extras import install
 from rewarded_lines.references import looks_local
@@ -264,6 +266,11 @@ def _load(kind: Any, reference: str, what: str, **arguments: Any) -> Any:
             expected="a model's folder, or a Hub id organisation/name",
             remedy="train it first, or check the path",
         )
+    if arguments.get("attn_implementation", "") is None:
+        # What has no config cannot be loaded, which is told below.
+        with suppress(OSError, ValueError):
+            config = AutoConfig.from_pretrained(reference, revision=arguments["revision"], trust_remote_code=False)
+            arguments |= attention_of(config)
     try:
         return kind.from_pretrained(reference, trust_remote_code=False, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:

@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from trl import ModelConfig
 
 from rewarded_lines.config import decides
+from rewarded_lines.data.chat_templates import check_template
 from rewarded_lines.data.dataset_formats import read_pairs, read_prompts
-from rewarded_lines.data.messages import check_template
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.data.rows import Row, rows_hash
 from rewarded_lines.engines.responses import ResponseReader, prompts_told

@@ -1,5 +1,6 @@
 """Messages are kept whole or refused, and a chat template must show all of them."""
 
+import json
 import sys
 from contextlib import nullcontext
 
@@ -8,7 +9,8 @@ from chat_forms import FORMS, make_tokenizer
 from tiny_models import make_tokenizer as make_plain_tokenizer
 
 from rewarded_lines.config import GenerationSpec
-from rewarded_lines.data.messages import check_template, is_chat, read_messages, render, with_settings
+from rewarded_lines.data.chat_templates import check_template, render, with_settings
+from rewarded_lines.data.messages import is_chat, read_messages
 from rewarded_lines.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"place": "rome"}}}
@@ -202,3 +204,35 @@ def test_a_template_that_reads_lists_of_parts_gets_them():
         text = "user:\nwhy<end>assistant:\nyes<end>"
         assert render(tokenizer, [chat], tokenize=False) == [text]
         check_template(tokenizer, [chat], "rows")
+
+
+# How templates write a call: Qwen's, DeepSeek-R1's (only where the content is null), and one with `~`.
+CALLS = {
+    "qwen2.5": "{{ m.content }}{{ call.arguments | tojson }}",
+    "qwen3": "{{ m.content }}{% if call.arguments is string %}{{ call.arguments }}{% else %}"
+    "{{ call.arguments | tojson }}{% endif %}",
+    "qwen3.5": "{{ m.content }}{% for name, value in call.arguments | items %}<{{ name }}>{{ value }}{% endfor %}",
+    "deepseek": "{% if m.content is none %}{{ '```' + call.arguments + '```' }}{% else %}{{ m.content }}{% endif %}",
+    "tilde": "{{ m.content }}{{ '```' ~ call.arguments ~ '```' }}",
+}
+JSON = '{"place": "Zürich", "days": 2}'
+WRITTEN = {"qwen3.5": "<place>Zürich<days>2", "deepseek": f"```{JSON}```", "tilde": f"```{JSON}```"}
+
+
+@pytest.mark.parametrize("form", CALLS)
+def test_calls_reach_a_template_in_the_form_that_it_reads(form):
+    """OpenAI's files hold arguments as JSON beside a null, and vLLM gives templates a mapping beside an empty text."""
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls is defined %}{% for one in m.tool_calls %}"
+        f"{{% set call = one.function %}}{CALLS[form]}{{% endfor %}}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    for arguments in (JSON, json.loads(JSON)):
+        for content in (None, ""):
+            call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+            chat = [ASKED, said(content, tool_calls=[call])]
+            assert render(tokenizer, [chat], tokenize=False) == ["why" + WRITTEN.get(form, JSON)]
+            assert call["function"]["arguments"] is arguments
+    # A list without calls is no call: the text of the turn is shown.
+    assert render(tokenizer, [[ASKED, said(tool_calls=[])]], tokenize=False) == ["whyso"]

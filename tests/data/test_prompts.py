@@ -9,8 +9,8 @@ from tiny_models import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from rewarded_lines.data.chat_templates import with_settings
 from rewarded_lines.data.dataset_formats import read_prompts
-from rewarded_lines.data.messages import with_settings
 from rewarded_lines.data.prompts import encode, encode_answers, prompt_key, prompt_text, split_text
 from rewarded_lines.errors import UserError
 from rewarded_lines.projects import load_project

@@ -30,6 +30,14 @@ ULTRA = {
         for text, score in [("Mm.", 3.0), ("So.", 4.25), ("No.", 1.5), ("?", None), ("!", float("nan"))]
     ],
 }
+ARENA = {
+    "conversation_a": [{"role": "user", "content": [{"type": "text", "text": "Why?", "image": None}]}, SAID],
+    "conversation_b": [ASKED, {"role": "assistant", "content": "No."}], "winner": "model_a",
+}  # fmt: skip
+VOTES = {
+    "prompt": '["Why?", "And?"]', "response_a": '["So.", "Yes."]', "response_b": '["No.", "No."]',
+    "winner_model_a": "0", "winner_model_b": "1", "winner_tie": "0",
+}  # fmt: skip
 ALPACA = {"instruction": "Why?", "input": "Now?", "output": "So.", "system": ""}
 
 
@@ -72,6 +80,8 @@ def remedies(read, spec):
         (STEER_2 | {"preference_strength": -1}, [pair()]),
         (STEER_2 | {"preference_strength": 2}, [pair(chosen="No.", rejected="So.")]),
         (NECTAR, [pair(NECTAR["prompt"])]),
+        (ARENA, [pair([ASKED], [SAID], said("No."))]),
+        (VOTES, [pair([ASKED], turns("Why?", "No.", "And?", "No.")[1:], turns("Why?", "So.", "And?", "Yes.")[1:])]),
         (ULTRA, [pair()]),
         ({"instruction": "Why?", "input": "Now?", "chosen": "The one.", "rejected": "The other."},
          [pair("Why?\nNow?", "The one.", "The other.")]),
@@ -81,7 +91,7 @@ def remedies(read, spec):
          [pair("Why?", "The one.", "The other.")]),
     ],
     ids=["pku", "helpsteer3", "helpsteer3, the second", "pku, one preference", "helpsteer2", "helpsteer2, the second",
-         "nectar", "ultrafeedback", "alpaca", "old alpaca", "question"],
+         "nectar", "arena", "votes", "ultrafeedback", "alpaca", "old alpaca", "question"],
 )  # fmt: skip
 def test_the_line_of_a_refusal_reads_the_pairs(tmp_path, row, pairs):
     lines = remedies(read_pairs, spec_of(tmp_path, row))
@@ -119,6 +129,24 @@ def test_nectars_prompt_is_a_chat_where_the_data_are_chats(tmp_path):
     assert read_pairs(spec) == [pair(turns("Why?"), said("So."), said("No."))]
 
 
+def test_prompts_that_are_lists_in_json_are_refused(tmp_path):
+    for more in ({}, {"chat": True}):
+        with pytest.raises(UserError, match="(?s)lists of texts in JSON.*published_rows:arena"):
+            read_prompts(spec_of(tmp_path, VOTES, VOTES, **more))
+    # One among others is a prompt as it is.
+    assert prompts_of(read_prompts(spec_of(tmp_path, {"prompt": '["a"]'}, {"prompt": "[b"}))) == ['["a"]', "[b"]
+
+
+def test_a_system_turn_under_another_name_is_told(tmp_path):
+    row, told = {"messages": [ASKED, SAID], "system_prompt": "Be brief."}, []
+    assert read_demonstrations(spec_of(tmp_path, row), tell=told.append) == [{"messages": [ASKED, SAID]}]
+    (line,) = re.findall(r"`columns: {([^`]+)}`", told[0])
+    columns = dict([line.split(": ")])
+    wanted = [{"role": "system", "content": "Be brief."}, ASKED, SAID]
+    assert read_demonstrations(spec_of(tmp_path, row, columns=columns), tell=told.append) == [{"messages": wanted}]
+    assert "system_prompt" in told[0] and not any("system_prompt" in one for one in told[1:])
+
+
 def test_alpacas_rows_are_demonstrations(tmp_path):
     (line,) = remedies(read_demonstrations, spec_of(tmp_path, ALPACA))
     rows = [ALPACA, ALPACA | {"input": ""}]
@@ -133,6 +161,9 @@ def test_alpacas_rows_are_demonstrations(tmp_path):
         ("helpsteer2", STEER_2 | {"preference_strength": 0}),
         ("nectar", NECTAR | {"answers": [{"answer": "So.", "rank": 1}, {"answer": "No.", "rank": 1}]}),
         ("ultrafeedback", ULTRA | {"completions": ULTRA["completions"][3:]}),
+        ("arena", ARENA | {"winner": "tie (bothbad)"}),
+        ("arena", VOTES | {"winner_model_b": "0", "winner_tie": "1"}),
+        ("arena", VOTES | {"response_a": '["So.", null]'}),
     ],
 )
 def test_ties_are_left_out(tmp_path, function, tie):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rewarded_lines.config import DataSpec
-from rewarded_lines.data.rows import read_rows, rows_hash
+from rewarded_lines.data.rows import COLUMNS, read_rows, rows_hash
 from rewarded_lines.errors import UserError
 
 PAIR = ("prompt", "completion")
@@ -57,7 +57,11 @@ def save(path, rows):
 
 def read(folder, data, layouts=LAYOUTS, name="data.jsonl", **spec):
     save(folder / name, data)
-    return read_rows(DataSpec(file=name, **spec), layouts, folder)
+    return roles_of(read_rows(DataSpec(file=name, **spec), layouts, folder))
+
+
+def roles_of(rows):
+    return [{role: value for role, value in row.items() if role != COLUMNS} for row in rows]
 
 
 def fault(folder, *data, layouts=LAYOUTS, content=None, name="data.jsonl", **spec):
@@ -327,7 +331,7 @@ def test_a_data_set_is_asked_for_by_subset_split_and_revision(monkeypatch, revis
 
     monkeypatch.setattr("datasets.load_dataset", load)
     spec = DataSpec(dataset="organisation/name", subset="small", split="test", revision=revision, limit=3)
-    assert read_rows(spec, LAYOUTS) == PAIRS
+    assert roles_of(read_rows(spec, LAYOUTS)) == PAIRS
     assert asked == [(("organisation/name",), {key: "small", "split": "test", "revision": revision})]
     with pytest.raises(UserError, match="data set organisation/name, split test, row 3: no text in column `prompt`"):
         read_rows(spec.model_copy(update={"limit": None}), LAYOUTS)

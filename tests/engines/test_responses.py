@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from rewarded_lines.config import GenerationSpec
+from rewarded_lines.data.chat_templates import with_settings
 from rewarded_lines.data.prompts import encode
 from rewarded_lines.engines.load_engine import load_generator
 from rewarded_lines.engines.responses import ResponseReader, prompts_told
@@ -101,13 +102,18 @@ def test_thinking_that_the_prompt_begins_is_stripped_too():
         ("<think>\n", [ASKED], None, True),
         ("<think>\n\n</think>\n\n", [ASKED], None, False),
         ("<think>\n", [ASKED], "<think>…</think>", False),
+        ("", [ASKED], None, True),
+        ("", [ASKED], "<think>…</think>", False),
     ],
 )
-def test_a_template_that_begins_answers_with_thoughts_is_told(begins, prompt, strip, told):
+def test_a_template_that_begins_or_allows_thoughts_is_told(begins, prompt, strip, told):
     tokenizer = make_tokenizer("qwen3")
     tokenizer.chat_template += "{% if add_generation_prompt %}{{ '" + begins.replace("\n", "\\n") + "' }}{% endif %}"
     sentence = prompts_told(tokenizer, prompt, GenerationSpec(strip=strip))
     assert bool(sentence) == told and ('strip: "<think>…</think>"' in sentence) == told
+    assert ("lets answers begin" in sentence) == (told and not begins)
+    tokenizer.chat_template = with_settings(tokenizer.chat_template, {"enable_thinking": False})
+    assert bool(prompts_told(tokenizer, prompt, GenerationSpec(strip=strip))) == (told and bool(begins))
 
 
 def test_texts_beside_a_chat_template_are_told():

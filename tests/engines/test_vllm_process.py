@@ -3,13 +3,13 @@
 import sys
 from types import SimpleNamespace
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from rewarded_lines.engines import vllm_process
 from rewarded_lines.engines.vllm_memory import few_at_once, few_scored_at_once
 from rewarded_lines.engines.vllm_process import end_vllm, enlist, take_turn
 from rewarded_lines.reward_settings import RewardSpec
-from rewarded_lines.rewards.model_sizes import cache_size, engine_size
+from rewarded_lines.rewards.model_sizes import engine_size
 
 
 class Vllm:
@@ -70,14 +70,18 @@ def test_a_small_engines_working_memory_is_that_of_its_batches():
     activations = 8192 * (3 * 14336 + 6 * 4096) * 2
 
     def work(config, longest, **source):
-        spec = RewardSpec(dtype="bfloat16", **source)
-        return engine_size(config, spec, 1, longest, "cpu")[0] - 1 - cache_size(config, spec, longest)
+        size = config.hidden_size // config.num_attention_heads
+        cache = 2 * config.num_hidden_layers * config.num_key_value_heads * size * longest * 2
+        return engine_size(config, RewardSpec(dtype="bfloat16", **source), 1, longest, "cpu")[0] - 1 - cache
 
     assert work(config, 8192, model="m") == (1 << 30) + activations
     assert work(config, 8192, judge="m", token=["A"], template="chat") == (1 << 30) + activations + 256 * 128256 * 20
     experts = LlamaConfig(hidden_size=4096, intermediate_size=256, vocab_size=9)
     experts.moe_intermediate_size, experts.num_experts_per_tok = 1536, 8
     assert work(experts, 16384, model="m") == (1 << 30) + 16384 * (3 * 8 * 1536 + 6 * 4096) * 2
+    # Mixtral names no size of its own for experts.
+    mixtral = MixtralConfig(hidden_size=4096, intermediate_size=14336, num_experts_per_tok=2)
+    assert work(mixtral, 8192, model="m") == (1 << 30) + 8192 * (3 * 2 * 14336 + 6 * 4096) * 2
     # However small the batches.
     assert work(experts, 8, model="m") == 2 << 30
 

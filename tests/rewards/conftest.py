@@ -62,7 +62,6 @@ FUNCTIONS = """\
 import math
 import os
 import signal
-import sys
 import time
 
 
@@ -109,10 +108,6 @@ def dies(prompts, responses):
 
 def killed(prompts, responses):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def leaves(prompts, responses):
-    sys.exit(3)
 
 
 def slow(prompts, responses):

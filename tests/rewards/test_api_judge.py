@@ -65,6 +65,7 @@ def test_the_probability_of_tokens(server, options, said, score):
         ({"token": "yes"}, {"no": 0.5, "maybe": 0.5}, "likeliest tokens are not all of 'yes'"),
         ({"token": "yes"}, {"Yes": 0.995, "no": 0.005}, "another spelling"),
         ({"token": "yes"}, "yes", "an answer without `logprobs`"),
+        ({"token": "yes"}, {"<think>": 0.995, "yes": 0.005}, "thinks before it answers.*enable_thinking: false"),
         ({"pattern": r"Score: (\d)"}, "none", "has no verdict.*correct `pattern:`"),
         ({"pattern": r"Score: (\d)"}, "Score: 10", r"takes 1 of 10.*take the whole number: `\(\\d\+"),
         ({"pattern": r"Score: (\d+)"}, "Score: 7.5", r"takes 7 of 7\.5"),
@@ -81,6 +82,29 @@ def test_an_answer_in_parts_is_its_text_without_the_thoughts(server):
     thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Score: 9"}]}
     server.say = lambda text: ([{"type": "text", "text": "Score: 7/10."}, thought], "stop")
     assert judge(server, pattern=r"^Score: (\d+)")[0].score(["p"], ["r"]) == [7.0]
+
+
+@pytest.mark.parametrize("thoughts", ["<think>Score: 9?</think>\n", "Score: 9?\n</think>", "[THINK]Score: 9?[/THINK]"])
+def test_thoughts_are_no_verdict(server, thoughts):
+    server.say = lambda text: thoughts + ("Score: 7" if text.startswith("Rate r") else "I cannot say.")
+    reward, _ = judge(server, pattern=r"Score: (\d+)")
+    assert reward.score(["p"], ["r"]) == [7.0]
+    assert judge(server, pattern=r"^Score: (\d+)", match="first")[0].score(["p"], ["r"]) == [7.0]
+    with pytest.raises(UserError, match="(?s)has no verdict.*Score: 9"):
+        reward.score(["p"], ["s"])
+    server.say = lambda text: "<think>Score: 9?" if thoughts.startswith("<") else "[THINK]Score: 9?"
+    with pytest.raises(UserError, match="has no verdict"):
+        judge(server, pattern=r"Score: (\d+)", match="first")[0].score(["p"], ["r"])
+
+
+def test_an_error_in_a_choice_is_no_answer(server):
+    """OpenRouter sends one with status 200 if the server behind it fails while it writes."""
+    told = {"message": {"content": "Score: 9"}, "finish_reason": "error", "error": {"code": 502, "message": "gone"}}
+    server.fault = lambda number, content: (200, {"choices": [told]}) if number == 1 else None
+    assert judge(server, pattern=r"Score: (\d+)")[0].score(["p"], ["r"]) == [3.0]
+    server.fault = lambda number, content: (200, {"choices": [told]})
+    with pytest.raises(UserError, match="status 502: gone"):
+        judge(server, pattern=r"Score: (\d+)", retries=0)[0].score(["p"], ["r"])
 
 
 def test_a_key_that_the_model_does_not_take_can_be_taken_out(server):
@@ -114,6 +138,13 @@ def test_answers_are_kept_as_they_come_and_failures_name_their_rows(server, tmp_
     assert [at for at, score in enumerate(found) if math.isnan(score)] == [7] and left.failed == {"judge": 1}
     with pytest.raises(UserError, match="no score for 1 of 1 .*(?s:.*)status 503: overloaded .prompt 0: 'q7'"):
         reward.score(["q7"], ["r"])
+
+
+@pytest.mark.parametrize("end", ["/", "/chat/completions", "?api-version=1", "/chat/completions?api-version=1"])
+def test_an_address_may_have_the_path_and_a_query_as_azures_do(server, end):
+    server.url += end
+    assert judge(server, pattern=r"Score: (\d)")[0].score(["p"], ["r"]) == [3.0]
+    assert server.path == "/v1/chat/completions" + end[end.find("?") :] * ("?" in end)
 
 
 def test_more_keys_of_a_request(server):

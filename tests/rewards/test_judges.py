@@ -129,6 +129,7 @@ def test_tokens_share_the_score_by_their_values(folders, tokens, values):
         ({"token": "yes no"}, "'yes no' is several tokens", "name the first, 'yes'"),
         ({"tokens": ["qx", "qy"]}, "begin with the same token", "`pattern:`"),
         ({"token": "e quick", "prefill": "the quick th"}, "becomes one token with the end", "without a blank"),
+        ({"token": "yes", "prefill": "<think>\n"}, "answer begins with thoughts", "{enable_thinking: false}"),
     ],
 )
 def test_texts_that_are_no_clear_token_are_refused_before_anything_is_asked(folders, settings, message, remedy):
@@ -230,7 +231,7 @@ def test_a_win_rate_is_the_mean_of_both_orders(folders, folder, response, wanted
     own = {} if folder == "first" else {"match": "first"}
     reward = judge(folders / folder, PAIR, against="ref", **settings, **own)
     assert reward.columns == ("ref",) and reward.unit == "win rate"
-    row = {"ref": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "y."}]}
+    row = {"ref": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": [{"type": "text", "text": "y."}]}]}
     assert reward.score(["How?"], [response], [row]) == [wanted]
     shares = judge(
         folders / folder,
@@ -271,6 +272,8 @@ def test_columns_fill_the_template_and_braces_in_texts_stay(folders):
     for row, message in (({}, "does not have"), ({"rubric": None}, "row 0: reward `judge`.*missing or empty")):
         with pytest.raises(UserError, match=message):
             check_columns([reward], {"data": [{"prompt": "a", "columns": row}]})
+    parts = [{"role": "user", "content": [{"type": "text", "text": "in parts"}]}]
+    assert reward._form.ask("a", "b", {"rubric": parts})[0].prompt[-1]["content"] == "in parts {rubric} ab"
     before = reward.lengths(["a"], ["b"])[0]
     check_columns([reward], {"data": [{"prompt": "a", "columns": {"rubric": "long " * 20}}]})
     assert reward.lengths(["a"], ["b"])[0] >= before + 20

@@ -1,7 +1,5 @@
 """Functions and classifiers are loaded as declared, and every fault of them is one message."""
 
-import math
-
 import pytest
 import torch
 
@@ -16,23 +14,8 @@ from rewarded_lines.rewards.classifier_inputs import fill_template
 from rewarded_lines.rewards.load_rewards import load_reward, load_rewards
 
 FILE = """\
-import math
-
-
 def words(prompts, responses):
     return [len(response.split()) for response in responses]
-
-
-def raises(prompts, responses):
-    return [1 / len(response) for response in responses]
-
-
-def nan(prompts, responses):
-    return [math.nan if response == "bad" else 1.0 for response in responses]
-
-
-def too_few(prompts, responses):
-    return [1.0] * (len(responses) - 1)
 
 
 def text(prompts, responses):
@@ -57,11 +40,6 @@ def function(root, reference):
     return load_reward("mine", RewardSpec(function=reference), root)
 
 
-def test_function_scores(root):
-    assert function(root, "rewards.py:words").score(["a", "b"], ["one two", ""]) == [2.0, 0.0]
-    assert function(root, "statistics:fmean") is not None
-
-
 @pytest.mark.parametrize(
     ("reference", "said"),
     [
@@ -81,9 +59,6 @@ def test_functions_that_cannot_be_found(root, reference, said):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("raises", "ZeroDivisionError.*prompt 1: 'q' → ''"),
-        ("nan", "not a finite number.*nan for prompt 2: 'r' → 'bad'"),
-        ("too_few", "wrong number of scores.*expected: 3.*got: 2.*prompt 2: 'r' → 'bad'"),
         ("text", "not a finite number.*'high' for prompt 0"),
         ("only_in_batches", "batch of 3 prompts, though on none of them alone"),
     ],
@@ -101,40 +76,9 @@ def classifier(classifiers):
     return classifiers["llama"]
 
 
-def test_classifier_equals_the_model_itself(classifier):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(classifier)
-    model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
-    prompts, responses = ["the quick", "a", "of great beauty"], [" brown fox", " film of little else", " and"]
-    logits = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        with torch.no_grad():
-            logits.append(model(**tokenizer(f"Q: {prompt} A:{response}", return_tensors="pt")).logits[0].double())
-    for form, expected in (
-        ("0", [row[0] for row in logits]),
-        ("1-0", [row[1] - row[0] for row in logits]),
-        ("0x0.4", [0.4 * row[0] for row in logits]),
-    ):
-        spec = RewardSpec(model=str(classifier), format=form, template="Q: {prompt} A:{response}", batch_size=2)
-        scores = load_reward("r", spec, device="cpu").score(prompts, responses)
-        assert all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(scores, expected, strict=True))
-
-
-def test_classifier_scores_the_empty_text(classifier):
-    spec = RewardSpec(model=str(classifier), format="0", template="{response}")
-    assert len(load_reward("r", spec, device="cpu").score([""], [""])) == 1
-
-
 def test_a_model_that_is_no_classifier_is_refused(tiny):
     with pytest.raises(UserError, match=r"(?s)not a classifier.*score\.weight"):
         load_reward("r", RewardSpec(model="sft"), tiny)
-
-
-def test_a_text_that_the_classifier_cannot_read_whole_is_refused(classifier):
-    spec = RewardSpec(model=str(classifier), format="0", max_tokens=8)
-    with pytest.raises(UserError, match="(?s)too long for the classifier.*prompt 1"):
-        load_reward("r", spec, device="cpu").score(["a", "b"], [" film", " jumps over the lazy dog" * 4])
 
 
 def test_a_damaged_classifier_is_refused(classifier, tmp_path):
@@ -184,14 +128,6 @@ def test_formats_refused(text):
 )
 def test_only_the_templates_own_placeholders_are_filled(template, prompt, response, text):
     assert fill_template(template, prompt, response) == text
-
-
-def test_a_classifier_reads_what_looks_like_a_placeholder_as_text(classifier):
-    spec = RewardSpec(model=str(classifier), format="0", template="{prompt}:{response}")
-    joined = RewardSpec(model=str(classifier), format="0", template="{response}")
-    (score,) = load_reward("r", spec, device="cpu").score(["{response}"], ["{prompt}"])
-    (same,) = load_reward("r", joined, device="cpu").score([""], ["{response}:{prompt}"])
-    assert score == pytest.approx(same, abs=1e-6)
 
 
 def test_a_freed_classifier_comes_back_by_itself(classifier):

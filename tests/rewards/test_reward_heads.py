@@ -326,6 +326,50 @@ def test_own_code_runs_by_the_users_word_alone(armo):
         scores(armo, format="code style", trust_remote_code=True)
 
 
+# In the form of Qwen's (WorldPM), which InternLM's and POLAR's have a token for.
+REWARD_CODE = """\
+import torch
+from torch import nn
+from transformers import LlamaModel, LlamaPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+
+class LlamaForRewardModel(LlamaPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None):
+        rows, ends = torch.arange(len(input_ids)), attention_mask.sum(-1) - 1
+        assert (input_ids[rows, ends] == self.config.reward_token_id).all()
+        states = self.model(input_ids, attention_mask=attention_mask)[0]
+        return SequenceClassifierOutputWithPast(logits=self.score(states[rows, ends]))
+"""
+
+
+def test_own_code_with_a_head_of_several_layers_reads_its_own_last_token(armo):
+    from transformers import LlamaConfig, LlamaModel
+
+    (armo / "modeling_custom.py").write_text(REWARD_CODE)
+    whole = {"auto_map": {"AutoModel": "modeling_custom.LlamaForRewardModel"}, "reward_token_id": 9}
+    edit(armo / "config.json", architectures=["LlamaForRewardModel"], **whole)
+    kept = {name: one for name, one in load_file(armo / "model.safetensors").items() if name.startswith("model.")}
+    sizes = {"0.weight": (32, 32), "0.bias": (32,), "2.weight": (1, 32), "2.bias": (1,)}
+    head = {f"score.{name}": torch.randn(size) for name, size in sizes.items()}
+    save_file({**kept, **head}, armo / "model.safetensors", {"format": "pt"})
+    model = LlamaModel(LlamaConfig.from_pretrained(armo)).eval()
+    model.load_state_dict({name[6:]: value for name, value in kept.items()})
+    expected = []
+    for ids in tokens():
+        with torch.no_grad():
+            state = model(torch.cat([ids, torch.tensor([[9]])], 1)).last_hidden_state[0, -1]
+        inner = (head["score.0.weight"] @ state + head["score.0.bias"]).relu()
+        expected.append(float(head["score.2.weight"] @ inner + head["score.2.bias"]))
+    assert scores(armo, trust_remote_code=True) == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_base_and_the_policies_never_run_own_code(armo):
     from trl import ModelConfig
 

@@ -66,7 +66,7 @@ class Spy(Reward):
     """A model of some GiB on the card."""
 
     def __init__(self, name, size, card, log):
-        self.name, self.size, self.fingerprint, self.device = name, size * GIB, name, "cuda"
+        self.name, self.size, self.fingerprint, self.device = name, size * GIB, name, "cuda:0"
         self._card, self._log, self._held = card, log, False
         self.load()
 

@@ -23,6 +23,7 @@ def count(texts):
     return [float(len(text if isinstance(text, str) else text[0]["content"])) for text in texts]
 def ours(prompts, responses): return count(responses)
 def openrlhf(queries, prompts, labels): return count(prompts)
+def verl(data_sources, solution_strs, ground_truths): return count(solution_strs)
 def turned(response, prompt): return count(response)
 def other_names(questions, texts): return count(texts)
 def by_name(responses, prompts): return count(responses)
@@ -197,6 +198,7 @@ def test_options_and_trls_published_functions(load, tmp_path, name, options, exp
         ("Judge", {"options": {"scale": 1, "size": 2}}, "the function has no option `size`", ""),
         ("one", {}, "the function does not take prompts and responses", ""),
         ("openrlhf", {}, "the function's first two parameters have other names", "(queries, prompts, labels)"),
+        ("verl", {}, "the function's first two parameters have other names", "(data_sources, solution_strs"),
         ("turned", {}, "the function's first two parameters have other names", "(response, prompt)"),
         ("judged.nothing", {}, "no function `judged.nothing`", ""),
     ],
