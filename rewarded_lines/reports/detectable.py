@@ -85,9 +85,7 @@ def read_wanted(power: bool | float | str) -> Wanted | None:
     return Wanted(number / 100, share=True) if text.endswith("%") else Wanted(number)
 
 
-def detectable(
-    table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Wanted | None, level: float
-) -> list[Detectable]:
+def detectable(table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Wanted | None) -> list[Detectable]:
     """Return every pair of methods that the report compares: above each reference, then by reward at one λ.
 
     The λ is the shared one with the most equal weights. Rewards are planned for with the difference seen.
@@ -105,13 +103,13 @@ def detectable(
             before = volumes[other][reference]
             assert one.by_run is not None and before.by_run is not None
             size = wanted.of(float((one.values - before.values)[0]), float(before.values[0]))
-            change, each = estimate_samples(one.values - before.values, level), one.by_run - before.by_run
-            found.append(_row((method, other, "hypervolume", reference), change, each, size, prompts, level))
-        found += _rewards(table, method, other, prompts, level)
+            change, each = estimate_samples(one.values - before.values), one.by_run - before.by_run
+            found.append(_row((method, other, "hypervolume", reference), change, each, size, prompts))
+        found += _rewards(table, method, other, prompts)
     return found
 
 
-def _rewards(table: Table, method: str, other: str, prompts: int, level: float) -> Iterator[Detectable]:
+def _rewards(table: Table, method: str, other: str, prompts: int) -> Iterator[Detectable]:
     """Yield the rewards' differences at the shared weights that are most equal; none without shared weights."""
     rows = [{table.rows[row][0].spec.weights: row for row in table.methods()[name]} for name in (method, other)]
     shared = [weights for weights in rows[0] if weights in rows[1] and weights]
@@ -122,21 +120,17 @@ def _rewards(table: Table, method: str, other: str, prompts: int, level: float) 
     place = f"λ = {', '.join(f'{weight:.4g}' for weight in (middle[:1] if len(middle) == 2 else middle))}"
     for column in table.objectives:
         each = samples.means[:, :, 0, column]
-        change = estimate_samples(run_average(each, samples.drawn), level)
+        change = estimate_samples(run_average(each, samples.drawn))
         key = (method, other, table.rewards[column], place)
-        yield _row(key, change, each, abs(change.value), prompts, level)
+        yield _row(key, change, each, abs(change.value), prompts)
 
 
-def _row(
-    key: tuple[str, str, str, str], change: Estimate, each: np.ndarray, size: float, prompts: int, level: float
-) -> Detectable:
-    parts = variances(each, prompts, level)
+def _row(key: tuple[str, str, str, str], change: Estimate, each: np.ndarray, size: float, prompts: int) -> Detectable:
+    parts = variances(each, prompts)
     error = parts.standard_error()
     seeds = (None, None, None) if parts.seed is None else (None, parts.seed.low, parts.seed.high)
-    least = (least_difference(parts.standard_error(seed=seed), level=level) for seed in seeds)
-    numbers = (
-        (prompts_needed(parts, size, level=level), runs_needed(parts, size, level=level)) if size else (None, None)
-    )
+    least = (least_difference(parts.standard_error(seed=seed)) for seed in seeds)
+    numbers = (prompts_needed(parts, size), runs_needed(parts, size)) if size else (None, None)
     return Detectable(*key, change, error, Estimate(*least), size, *numbers, parts)
 
 

@@ -15,7 +15,6 @@ from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.paired_scores import Table
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.merger.methods import MOD
-from rewarded_lines.pareto.bootstrap import LEVEL
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.pareto.equal_kl import drawn_back
 from rewarded_lines.progress import SILENT, Progress
@@ -38,7 +37,7 @@ class KlBudget:
 
 
 def kl_budgets(
-    table: Table, budgets: Sequence[float], level: float = LEVEL, *, exact: bool = False, progress: Progress = SILENT
+    table: Table, budgets: Sequence[float], *, exact: bool = False, progress: Progress = SILENT
 ) -> list[KlBudget]:
     """Return the hypervolumes at each of `budgets`, in nats, in the order of the numbers.
 
@@ -56,7 +55,7 @@ def kl_budgets(
         fronts = {name: scores[:, :, rows] for name, rows in groups.items()}
         volumes = sample_volumes(fronts, {SFT: sft}, table.samples.drawn, exact=exact, progress=progress)
         beyond = [name for name, rows in groups.items() if measured[rows].min() > most]
-        found.append(KlBudget(most, method_volumes(volumes, level), compare(volumes, level), beyond))
+        found.append(KlBudget(most, method_volumes(volumes), compare(volumes), beyond))
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rewarded_lines.config import SFT
-from rewarded_lines.pareto.power import factor
+from rewarded_lines.pareto.power import FACTOR
 from rewarded_lines.reports import texts
 from rewarded_lines.reports.detectable import Detectable
 from rewarded_lines.reports.sheet import Sheet
@@ -26,7 +26,7 @@ def power_sheet(summary: Summary, brief: bool = False) -> Sheet:
     cells = [_cells(row, several) for row in rows]
     note = (
         "least: the smallest difference that such a run finds with 80% power, "
-        f"{factor(level=summary.level):.2f} standard errors (two-sided, {1 - summary.level:.0%} level). "
+        f"{FACTOR:.2f} standard errors (two-sided, {1 - summary.level:.0%} level). "
         "prompts: how many find a difference of `size`"
     )
     note += ", with as many runs; runs: how many, with as many prompts. " if several else ". "

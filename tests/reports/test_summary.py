@@ -140,7 +140,6 @@ def test_the_numbers_can_be_json_and_come_out_the_same(make_run: MakeRun) -> Non
     assert text == json.dumps(summarise(run).as_dict(), allow_nan=False)
     assert json.loads(text)["seed"] == 0
     assert json.loads(text)["resamples"] == 100
-    assert summarise(run, seed=1).points != summarise(run).points
 
 
 def test_resamples_have_a_default(make_run: MakeRun) -> None:
