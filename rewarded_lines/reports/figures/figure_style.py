@@ -34,8 +34,9 @@ _GREY_LINES = ("-", "-", "--", "-.", ":", "--", "-.", ":", "-", "--")
 # Widths in inches: of a page's text, and of a figure with one plane.
 WIDE = 7.0
 PLANE = 4.6
-# Applied over every style: the salt makes SVG files repeatable, and TeX cannot set λ and α.
-_FIXED: dict[str, Any] = {"svg.hashsalt": "rewarded-lines", "text.usetex": False}
+# Applied over every style: the salt makes SVG files repeatable, TeX cannot set λ and α, and a "$" in the name or the
+# unit of a reward is no formula.
+_FIXED: dict[str, Any] = {"svg.hashsalt": "rewarded-lines", "text.usetex": False, "text.parse_math": False}
 
 
 @dataclass(frozen=True)
