@@ -66,7 +66,9 @@ def parse_assignments(given: Mapping[str, Any] | Iterable[str] | None) -> dict[s
     """
     if isinstance(given, Mapping):
         return dict(given)
-    import yaml
+    from yaml import YAMLError
+
+    from rewarded_lines.yaml_files import yaml_value
 
     found: dict[str, Any] = {}
     for text in given or ():
@@ -78,8 +80,8 @@ def parse_assignments(given: Mapping[str, Any] | Iterable[str] | None) -> dict[s
         if name in found:
             raise ValueError(f"`{name}` is given twice")
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            found[name] = yaml_value(value)
+        except YAMLError as error:
             raise ValueError(f"{text!r} is not readable as YAML") from error
     return found
 

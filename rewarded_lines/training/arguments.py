@@ -24,7 +24,8 @@ from trl import SFTConfig
 
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.processes import die_with_parent, termination_as_exit
-from rewarded_lines.projects import read_yaml, unknown_key
+from rewarded_lines.projects import unknown_key
+from rewarded_lines.yaml_files import read_yaml
 
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0
