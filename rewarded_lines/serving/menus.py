@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import names_adapter
@@ -83,16 +82,14 @@ def _served(spec: MethodSpec, adapters: bool) -> bool:
 
 
 def _row(methods: Methods, name: str, spec: MethodSpec) -> Row:
-    at = partial(_merge_at, methods, name)
+    def at(weights: tuple[float, ...]) -> MergeSpec:
+        return methods.at(name, weights).merge
+
     if spec.match is not None:
         # To match norms, all weights are read: not before a request asks for that.
         return Row(at, spec.merge, f"{name} (norm of {spec.match})", own=True, matched=True)
     middle = at(methods.weights(2)[0])
     return Row(at, middle.method, _label(name, middle), own=bool(middle.lines))
-
-
-def _merge_at(methods: Methods, name: str, weights: tuple[float, ...]) -> MergeSpec:
-    return methods.at(name, weights).merge
 
 
 def _label(name: str, merge: MergeSpec) -> str:

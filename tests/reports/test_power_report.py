@@ -20,7 +20,7 @@ from rewarded_lines.evaluator.records import load_run, read_point, write_point
 from rewarded_lines.pareto.hypervolume import hypervolumes
 from rewarded_lines.pareto.power import FACTOR
 from rewarded_lines.reports.detectable import Detectable
-from rewarded_lines.reports.power_table import found_sentence, power_sheet
+from rewarded_lines.reports.requested_tables import found_sentence, power_sheet
 from rewarded_lines.reports.summary import Summary, summarise
 from rewarded_lines.reports.tables import markdown
 
