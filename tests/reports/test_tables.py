@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from rewarded_lines.evaluator.points import PointSpec
@@ -264,6 +265,17 @@ def test_the_figure_of_policies_alone(make_run: MakeRun) -> None:
         figure = front_figure(summarise(replace(run, points=[run.sft, single])))
         assert {text.get_text() for text in figure.axes[0].texts} == {"cheerful", "SFT"}
         assert figure_bytes(figure, "svg")
+
+
+@pytest.mark.parametrize("width", [50, 60, 72])
+def test_wide_letters_cost_no_digit(width: int) -> None:
+    """A Chinese letter takes two columns; counted as one, "100.0%" was cut to "1"."""
+    rows = [(f"方法{one}号的名字", "0.50", "-1.23 [-2.34, -0.12]", "12.34 ±1.23", "100.0%") for one in "一二"]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(Sheet("点", ("方法", "λ", "有用性 [分数]", "无害性 [对数几率]", "结束"), rows, labels=2))
+    text = console.export_text()
+    assert text.count("100.0%") == text.count("-1.23 [-2.34, -0.12]") == 2 and text.count("12.34 ±1.23") == 2
+    assert max(map(cell_len, text.splitlines())) <= width
 
 
 @pytest.mark.parametrize("width", [73, 74, 80])
