@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
@@ -241,11 +242,14 @@ def _problem(place: str, detail: ErrorDetails) -> Problem:
     if detail["type"] == "extra_forbidden":
         known = [*_section(location[:-1]).model_fields, *([] if location[:-1] else [EXTENDS])]
         return unknown_key(location[-1], known, ": ".join([place, ".".join(location[:-1]) or "top level"]))
-    got, remedy = without_secrets(repr(detail["input"])), ""
+    what, got, remedy = detail["msg"].removeprefix("Value error, "), without_secrets(repr(detail["input"])), ""
+    # YAML reads yes, no, 1 and 2026-11-28 as values.
     if location[-1:] == ["[key]"]:
-        location, remedy = location[:-2], "write the name in quotes"  # YAML reads yes, no and 1 as values.
+        what, location, remedy = "a name that is no text", location[:-2], "write the name in quotes"
+    elif detail["type"] == "string_type" and isinstance(detail["input"], int | float | date):
+        remedy = "write it in quotes"
     return Problem(
-        detail["msg"].removeprefix("Value error, ") if not remedy else "a name that is no text",
+        what,
         where=f"{place}: {'.'.join(location)}" if location else place,
         expected=_SHAPES.get(detail["type"], ""),
         got=got if len(got) <= 80 else got[:77] + "...",

@@ -153,6 +153,7 @@ def test_what_a_merge_key_brings_is_not_given_twice(tmp_path):
         ("generation: {stop: ['\\n']}\n", "a stop text has a backslash and a letter"),
         ('rewards: {yes: {function: "a.py:b"}}\n', "rewards: a name that is no text(.|\n)*write the name in quotes"),
         ("policies: {1: a}\n", "policies: a name that is no text"),
+        ("title: 2026-11-28\n", "title: (.|\n)*write it in quotes"),
     ],
 )
 def test_a_value_of_another_form_is_told_in_the_words_of_yaml(tmp_path, text, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import sys
@@ -128,8 +129,9 @@ def main() -> None:
     except UserError as error:
         _complain(error)
     except OSError as error:
-        # For example a full disk: the system's message names the place.
-        _complain(Problem(str(error)))
+        # The system's message names the place, except where a disk is full.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _complain(Problem(str(error), remedy="rewarded-lines doctor\n    # tells what is free" if full else ""))
     except MemoryError as error:
         _complain(Problem(f"not enough memory: {error}"))
     if code:
@@ -173,5 +175,5 @@ def _typed(names: list[str]) -> str:
 
 
 def _complain(about: Problem | UserError, code: int = 1) -> NoReturn:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(str(about), style="red", markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(str(about), style="red", markup=False, emoji=False)
     sys.exit(code)
