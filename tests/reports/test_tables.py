@@ -136,6 +136,8 @@ def test_csv_tells_a_reward_from_the_column_that_has_its_name(summary: Summary) 
         (Estimate(123.4, 100.0, 150.0), "123 [100, 150]"),
         (Estimate(-0.0004, -0.3, 0.3), "0.00 [-0.30, 0.30]"),
         (Estimate(0.5, 0.5, 0.5), "0.50 [0.50, 0.50]"),
+        # Means of 12.3 everywhere, which differ in their last bits.
+        (Estimate(12.3, 12.299999999999997, 12.300000000000002), "12.30 [12.30, 12.30]"),
     ],
 )
 def test_decimals_follow_the_interval(estimate: Estimate, expected: str) -> None:
