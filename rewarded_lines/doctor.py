@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -248,9 +249,12 @@ def _hub() -> Iterator[Finding]:
 
 def _caches() -> Iterator[Finding]:
     # numba keeps the kernels that rank values here, or else in the user's cache.
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "numba"
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    places = [Path(chosen)] if chosen else [Path(__file__).parent / "kernels/__pycache__", user]
+    places = [Path(chosen) if chosen else Path(__file__).parent / "kernels/__pycache__"]
+    # RuntimeError: the user has no home.
+    with suppress(RuntimeError):
+        user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        places += [] if chosen else [user / "numba"]
     usable = next((str(place) for place in places if not refusal(place)), "")
     wrong = f"{places[0]}: {refusal(places[0])}; each merge by DELLA compiles its kernels anew, some seconds each"
     yield _judge("kernel cache", usable, "" if usable else wrong, "export NUMBA_CACHE_DIR=/a/folder/of/yours")
