@@ -169,13 +169,9 @@ def refuse_foreign(folder: Path, mark: str) -> None:
         raise fail("a file is in the place of the run folder", where=str(folder), remedy="pass another --out")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and not names & {mark, _LOCK}:
-        raise fail(
-            "the folder holds something else",
-            where=str(folder),
-            expected=f"an empty folder, or one with {mark}",
-            got=", ".join(sorted(names)[:5]),
-            remedy="pass another --out",
-        )
+        what, expected = "the folder holds something else", f"an empty folder, or one with {mark}"
+        got, remedy = ", ".join(sorted(names)[:5]), "pass another --out"
+        raise fail(what, where=str(folder), expected=expected, got=got, remedy=remedy)
 
 
 def refusal(folder: Path) -> str:
@@ -197,6 +193,10 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot flush folders: PostgreSQL's `fsync_fname` ignores the same two errors.
+        if not path.is_dir() or error.errno not in (errno.EBADF, errno.EINVAL):
+            raise
     finally:
         os.close(descriptor)
 

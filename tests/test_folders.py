@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import threading
 
 import pytest
@@ -50,6 +51,25 @@ def test_a_file_system_without_locks_takes_runs_and_merges(tmp_path, monkeypatch
     with folder_lock(tmp_path), hold_folder(tmp_path / "run"), atomic_folder(tmp_path / "out"):
         pass
     assert names(tmp_path) == [".lock", ".out.partial-1", "out"]
+
+
+def test_folders_that_cannot_be_flushed_are_written_all_the_same(tmp_path, monkeypatch):
+    """Such as VirtualBox's shared ones; a file that cannot be flushed is a fault."""
+    flush, broken = os.fsync, []
+
+    def refuse(descriptor):
+        if broken or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    assert names(tmp_path / "out") == ["file"]
+    broken.append(True)
+    with pytest.raises(OSError, match="Invalid argument"), atomic_folder(tmp_path / "other") as folder:
+        (folder / "file").touch()
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("finished", [False, True])
