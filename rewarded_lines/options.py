@@ -96,7 +96,8 @@ def parse_numbers(flag: str, given: Mapping[str, float] | Iterable[str] | None) 
         return dict(given)
     found: dict[str, float] = {}
     for text in given or ():
-        name, equals, value = text.partition("=")
+        # A name may have this sign, too.
+        name, equals, value = text.rpartition("=")
         try:
             number = float(value)
         except ValueError:

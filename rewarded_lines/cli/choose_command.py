@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,7 +64,8 @@ def choose(
     rewarded-lines choose RUN --knee --method lines
     """
     minima = parse_numbers("--at-least", at_least or ())
-    weighed = parse_numbers("--weights", ",".join(weights).split(",")) if weights else None
+    # Names may have commas: only one behind a number ends a weight.
+    weighed = parse_numbers("--weights", re.split(r"(?<=[\d.]),", ",".join(weights))) if weights else None
     with progress_bar("Choose", quiet=quiet or as_json) as bar:
         from rewarded_lines.evaluator.choose import choose as run_choose
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,13 @@ def place(found):
 def test_choices_by_hand(cli, run, words, expected):
     found = asked(cli, run, *words)
     assert place(found) == expected and found["interpolated"] is False
+
+
+def test_names_of_rewards_may_have_the_signs_of_an_option(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "DEVIATIONS", {"a, but=short": 1.0, "b": 10.0})
+    run = invented(tmp_path / "run", curve("soup", SOUP) | curve("lines", LINES, beta=1.0))
+    assert place(asked(cli, run, "--at-least", "a, but=short=2.1")) == ("lines", 0.5)
+    assert place(asked(cli, run, "--weights", "a, but=short=0.3,b=0.7")) == ("soup", 0.5)
 
 
 def test_the_run_remembers_choices_by_name(cli, run, monkeypatch):
