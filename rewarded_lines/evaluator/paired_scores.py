@@ -289,4 +289,8 @@ def _faults(point: Point, prompts: list[str], rewards: list[str]) -> list[str]:
     for name, values in wrongs.items():
         if wrong := int(values.sum()):
             faults.append(f"{name} is not finite for {wrong} of {len(values)} responses")
+    texts = np.zeros((0, 2)) if point.control is None else point.control
+    # NaN would count as a text that is not there.
+    if wrong := int((~np.isfinite(texts)).any(axis=1).sum()):
+        faults.append(f"the likelihood of {wrong} of {len(texts)} control texts is not finite")
     return faults

@@ -166,7 +166,7 @@ def test_every_fault_of_the_records_is_told(small_run: Run) -> None:
         replace(first, prompts=["other", "prompts"]),
         replace(second, scores={"a": second.scores["a"]}),
         replace(third, scores=third.scores | {"b": np.array([np.inf, 1.0])}),
-        replace(lines, kl=np.array([np.inf, np.inf])),
+        replace(lines, kl=np.array([np.inf, np.inf]), control=np.array([[np.nan, 3], [2.0, 1]])),
     ]
     with pytest.raises(UserError) as caught:
         summarise(replace(small_run, points=broken))
@@ -175,6 +175,7 @@ def test_every_fault_of_the_records_is_told(small_run: Run) -> None:
         "has no score for b",
         "b is not finite for 1 of 2 responses",
         "KL is not finite for 2 of 2 responses",
+        "the likelihood of 1 of 2 control texts is not finite",
     ]
     assert all(problem.remedy for problem in caught.value.problems)
 
