@@ -144,6 +144,12 @@ def test_decimals_follow_the_interval(estimate: Estimate, expected: str) -> None
     assert interval_text(estimate) == expected
 
 
+def test_tiny_means_are_shown(summary: Summary) -> None:
+    """As probabilities of whole answers; of six decimals, all were 0."""
+    points = [replace(one, rewards=one.rewards | {"positive": Estimate(3e-9, 1e-9, 5e-9)}) for one in summary.points]
+    assert sheets(replace(summary, points=points))[0].rows[0][2] == "3e-09 ±2e-09"
+
+
 def test_notes_say_what_the_numbers_are(summary: Summary) -> None:
     assert "256 prompts, 100 resamples, seed 0" in scope_note(summary)
     assert "not evaluated yet" not in scope_note(summary)
