@@ -30,9 +30,9 @@ def best(values: Mapping[float, float]) -> float:
     return min(values, key=lambda number: (-values[number], number))
 
 
-def least_that_keeps(values: Mapping[float, float], own: float) -> float:
-    """Return the smallest number whose value is at least `KEPT` of `own`; 1, the model itself, always is."""
-    return min(number for number, value in values.items() if value >= KEPT * own or number == 1)
+def least_that_keeps(values: Mapping[float, float], own: float, kept: float = KEPT) -> float:
+    """Return the smallest number whose value is at least `kept` of `own`; 1, the model itself, always is."""
+    return min(number for number, value in values.items() if value >= kept * own or number == 1)
 
 
 def ball(norms: Sequence[float], share: float) -> list[float]:
