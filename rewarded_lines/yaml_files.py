@@ -30,7 +30,7 @@ class _Dumper(yaml.SafeDumper):
 
 for _kind in (_Loader, _Dumper):
     # Numbers of YAML 1.2 and JSON; for PyYAML, which follows YAML 1.1, these are texts.
-    _number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d+)[eE][-+]?\d+$")
+    _number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d+)[eE][-+]?\d{1,3}$")
     _kind.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+.0123456789"))
 
 
