@@ -99,7 +99,7 @@ def _show_results(settings: DemoSettings, seconds: Mapping[str, float]) -> None:
         show(folder / "sweep", summary, chart=False)
     console.print(f"  {'pipeline':<10}{sum(seconds.values()):7.1f} s  all stages, without installation")
     if "merge" in seconds:
-        console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}\n", soft_wrap=True)
+        show_line(f"a merged policy: {folder / 'merged' / 'lam=0.50'}\n")
         show_end(folder, summary, settings.engine)
 
 
@@ -168,7 +168,9 @@ class _Display:
     def _plan(self) -> None:
         """Print what each stage does and about how long it takes."""
         settings, total = self._settings, sum(map(self._settings.expected, self._stages))
-        self._console.print(f"demo: {settings.algo}, seed {settings.seed}, in {settings.out}", soft_wrap=True)
+        self._console.print(
+            f"demo: {settings.algo}, seed {settings.seed}, in {settings.out}", soft_wrap=True, markup=False
+        )
         self._console.print(
             f"About {round(total / 60)} minutes on two quiet cores. Started again, a stopped demo goes on.\n"
         )
