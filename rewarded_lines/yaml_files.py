@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rewarded_lines.errors import fail
+from rewarded_lines.errors import did_you_mean, fail
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,7 +37,11 @@ for _kind in (_Loader, _Dumper):
 def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
     """Return the mapping in a YAML file; `remedy` is for a file that is missing or no mapping."""
     if not path.is_file():
-        raise fail("no such file", where=str(path), expected="a YAML file", remedy=remedy)
+        # Often the ending: .yml
+        beside = [one.name for one in path.parent.glob("*.y*ml")]
+        raise fail(
+            "no such file", where=str(path), expected="a YAML file", remedy=did_you_mean(path.name, beside, remedy)
+        )
     try:
         # Bytes: some editors write UTF-16.
         content = yaml_value(path.read_bytes())

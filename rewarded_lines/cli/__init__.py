@@ -112,6 +112,7 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake prints one message without a traceback and exits with 1 or 2."""
     die_with_parent()
+    _open_streams()
     # The Hub's library reads this at its import, which comes later.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Libraries make millions of lasting objects: collecting among them, also at exit, takes seconds.
@@ -136,6 +137,17 @@ def main() -> None:
         _complain(Problem(f"not enough memory: {error}"))
     if code:
         sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Let standard streams that are closed (`>&-`) lead nowhere: else the next file would take the place of one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is this one.
+            stream = os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r", closefd=False)
+            setattr(sys, name, stream)
 
 
 def _usage_problem(error: Any) -> Problem:

@@ -3,9 +3,11 @@
 import errno
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
+from command import COMMAND, ENVIRONMENT
 from tiny_models import make_model, save_model, snapshot
 
 
@@ -242,3 +244,15 @@ def test_a_full_disk_is_told_with_where_to_look(cli, monkeypatch):
 def test_a_name_is_printed_as_it_is(cli):
     """rich would make a flame of `:fire:`."""
     assert "nowhere/a:fire:b.yaml" in cli("merge", "--config", "nowhere/a:fire:b.yaml").err
+
+
+def test_closed_streams_lead_nowhere(tiny):
+    """`nohup … >&-`: the command had no stdout, and the first file that it opened was in its place."""
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *COMMAND, "merge", "--lam", "0.5"]
+    assert subprocess.run(closed, env=ENVIRONMENT, cwd=tiny).returncode == 0
+    assert (tiny / "merged" / "lam=0.50" / "model.safetensors").is_file()
+
+
+def test_a_project_file_with_another_ending_is_named(refused, tiny):
+    (tiny / "rewarded-lines.yaml").rename(tiny / "rewarded-lines.yml")
+    assert "did you mean `rewarded-lines.yml`?" in refused("merge", "--lam", "0.5")
