@@ -342,13 +342,6 @@ def test_the_answer_fits_80_columns(run):
     assert "fresh prompts" in answer.output
 
 
-@pytest.mark.parametrize("command", ["choose", "search", "score", "report"])
-def test_help_has_examples_in_80_columns(command):
-    answer = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
-    assert answer.exit_code == 0 and max(map(len, answer.output.splitlines())) <= 80
-    assert answer.output.count(f"rewarded-lines {command} ") >= 3
-
-
 METHODS = """\
   resamples: 100
   methods:

@@ -154,10 +154,10 @@ def test_families_share_the_shape_of_the_step() -> None:
 
 
 def test_tables_and_json_have_them_only_if_asked(make_run: Callable[..., Path], cli: Callable[..., Any]) -> None:
-    folder = make_run(resamples=100)
-    without = json.loads(cli("report", folder, "--json").out)
+    folder = make_run(points=3, prompts=16, resamples=100)
+    without = json.loads(cli("report", folder, "--json", "--format", "svg").out)
     assert "kl_budgets" not in without and "equal KL" not in (folder / "report/table.md").read_text()
-    answer = cli("report", folder, "--json", "--max-kl", "4,2")
+    answer = cli("report", folder, "--json", "--format", "svg", "--max-kl", "4,2")
     content = json.loads(answer.out)
     assert {**content, "kl_budgets": None} == {**without, "kl_budgets": None}
     assert [one["max_kl"] for one in content["kl_budgets"]] == [2, 4]
