@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from typing import Literal
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import EXTRAS, install, install_either, is_installed
 from rewarded_lines.folders import existing, refusal
-from rewarded_lines.processes import attempt, available_host_memory
+from rewarded_lines.processes import attempt, available_host_memory, graphics_cards, graphics_driver
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.versions import (
     CPU_BUILDS,
@@ -198,6 +197,9 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
     wrong, remedy = "", ""
     if not attempt(_SEES_GPU) if thorough else cards and not hidden and "cpu" not in torch:
         listed = listed or "nvidia-smi lists none, torch finds one"
+    elif not cards and (fault := graphics_driver()[1]):
+        wrong = f"nvidia-smi fails: {fault}"
+        remedy = noted("nvidia-smi", "after an update of the driver, a reboot loads it")
     elif not cards:
         wrong = "none: merge, inspect and report need none; sweeps and training of large models take long"
         remedy = noted(_made("VLLM=gpu", install("vllm")), "on a machine that has one")
@@ -284,13 +286,3 @@ def _project(config: Path | None) -> Iterator[Finding]:
     wrong = "\n".join([f"{path} names files that do not exist", *missing]) if missing else ""
     ok = f"{path}: {len(project.config.policies)} policies, {len(project.config.rewards)} rewards"
     yield _judge("project", ok, wrong, f"correct {path}; its paths start in its own folder", "broken")
-
-
-def graphics_cards() -> list[str]:
-    """Return the GPUs that the driver lists, by name and memory."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.splitlines()

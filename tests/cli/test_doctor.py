@@ -190,6 +190,17 @@ def test_a_gpu_and_the_build_of_torch(quick, monkeypatch, version, hidden, state
     assert finding["state"] == state and found in finding["found"]
 
 
+def test_a_driver_that_fails_is_told_with_its_words(quick, monkeypatch, tmp_path):
+    """As after an update of the driver, until the next start."""
+    said = "Failed to initialize NVML: Driver/library version mismatch"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\nexit 18\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    finding = quick()[1]["GPU"]
+    assert finding["state"] == "warning" and said in finding["found"]
+    assert "reboot" in finding["remedy"]
+
+
 @pytest.mark.parametrize("environment", [".venv", "another"])
 def test_only_the_environment_that_make_made_is_made_again_by_make(quick, monkeypatch, tmp_path, environment):
     here = SimpleNamespace(version_info=(3, 14), executable="python", prefix=str(tmp_path / environment))
