@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rewarded_lines.errors import did_you_mean, fail
+from rewarded_lines.errors import fail
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,11 +37,9 @@ for _kind in (_Loader, _Dumper):
 def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
     """Return the mapping in a YAML file; `remedy` is for a file that is missing or no mapping."""
     if not path.is_file():
-        # Often the ending: .yml
-        beside = [one.name for one in path.parent.glob("*.y*ml")]
-        raise fail(
-            "no such file", where=str(path), expected="a YAML file", remedy=did_you_mean(path.name, beside, remedy)
-        )
+        other = path.with_suffix(".yml" if path.suffix == ".yaml" else ".yaml")
+        remedy = f"did you mean `{other.name}`?" if other.is_file() else remedy
+        raise fail("no such file", where=str(path), expected="a YAML file", remedy=remedy)
     try:
         # Bytes: some editors write UTF-16.
         content = yaml_value(path.read_bytes())
