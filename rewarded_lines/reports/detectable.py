@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -17,19 +17,8 @@ from rewarded_lines.pareto.bootstrap import Estimate, estimate_samples, run_aver
 from rewarded_lines.pareto.comparison import Volumes
 from rewarded_lines.pareto.power import Variances, least_difference, prompts_needed, runs_needed, variances
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """The hypervolume difference to plan for: `size`, or with `share` that part of the other's; None: the one seen."""
-
-    size: float | None = None
-    share: bool = False
-
-    def of(self, seen: float, other: float) -> float:
-        """Return the size in the hypervolume's unit."""
-        if self.size is None:
-            return abs(seen)
-        return self.size * abs(other) if self.share else self.size
+Size = Callable[[float, float], float]
+"""The hypervolume difference to plan for, from the one that was seen and the other method's hypervolume."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +55,14 @@ class Detectable:
         return not self.difference.low <= 0 <= self.difference.high
 
 
-def read_wanted(power: bool | float | str) -> Wanted | None:
+def read_size(power: bool | float | str) -> Size | None:
     """Return what `report(power=…)` asks for: True for the difference seen, 5, or "10%"; None for False.
 
     Raises:
         UserError: no number above 0.
     """
     if power is True or power is False:
-        return Wanted() if power else None
+        return (lambda seen, other: abs(seen)) if power else None
     text = str(power).strip()
     try:
         number = float(text.removesuffix("%"))
@@ -82,10 +71,10 @@ def read_wanted(power: bool | float | str) -> Wanted | None:
     if not (math.isfinite(number) and number > 0):
         expected = "a difference in hypervolume above 0, such as 5, or 10% of the other method's"
         raise fail("not a size to plan for", where="--size", expected=expected, got=text)
-    return Wanted(number / 100, share=True) if text.endswith("%") else Wanted(number)
+    return (lambda seen, other: number / 100 * abs(other)) if text.endswith("%") else (lambda seen, other: number)
 
 
-def detectable(table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Wanted | None) -> list[Detectable]:
+def detectable(table: Table, volumes: Volumes, runs: Sequence[Run], size_of: Size | None) -> list[Detectable]:
     """Return every pair of methods that the report compares: above each reference, then by reward at one λ.
 
     The λ is the shared one with the most equal weights. Rewards are planned for with the difference seen.
@@ -93,7 +82,7 @@ def detectable(table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Want
     Raises:
         UserError: fewer than two prompts or methods, or a method that only some of the runs have.
     """
-    if wanted is None:
+    if size_of is None:
         return []
     prompts = table.measured[0].shape[1]
     _check(table, runs, prompts)
@@ -102,7 +91,7 @@ def detectable(table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Want
         for reference, one in volumes[method].items():
             before = volumes[other][reference]
             assert one.by_run is not None and before.by_run is not None
-            size = wanted.of(float((one.values - before.values)[0]), float(before.values[0]))
+            size = size_of(float((one.values - before.values)[0]), float(before.values[0]))
             change, each = estimate_samples(one.values - before.values), one.by_run - before.by_run
             found.append(_row((method, other, "hypervolume", reference), change, each, size, prompts))
         found += _rewards(table, method, other, prompts)

@@ -25,7 +25,7 @@ from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.reports.detectable import Detectable, detectable, read_wanted
+from rewarded_lines.reports.detectable import Detectable, detectable, read_size
 from rewarded_lines.reports.kl_budgets import KlBudget, kl_budgets
 
 
@@ -196,13 +196,13 @@ def summarise(
         runs: one, or several of one project.
         resamples: by default as many as the project asks for.
         exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
-        power: also say how small a difference could be found, and what one needs; see `read_wanted`.
+        power: also say how small a difference could be found, and what one needs; see `read_size`.
         max_kl: also compare at equal KL, within each of so many nats; see `kl_budgets`.
 
     Raises:
         UserError: the points answer different prompts, a score is not finite, or `power` asks for what cannot be.
     """
-    wanted = read_wanted(power)
+    size_of = read_size(power)
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
     table, policies = tabulate(runs, resamples), list(first.header.get("policies", {}))
@@ -232,7 +232,7 @@ def summarise(
         policy_gains=_policy_gains(table, policies),
         missing=total_missing([point for row in table.rows for point in row]),
         exact_contributions=exact_shares,
-        power=detectable(table, volumes, runs, wanted),
+        power=detectable(table, volumes, runs, size_of),
         kl_budgets=kl_budgets(table, max_kl, exact=exact, progress=progress),
     )
 

@@ -19,17 +19,7 @@ from rewarded_lines.serving.preference_names import STEP, Menu
 
 
 def menu_of_adapters(base: str, policies: Mapping[str, str], step: float = STEP, **how: Any) -> Menu:
-    """Return the menu of LoRA adapters over a base: `soup`, `lines`, and the other weighted sums.
-
-    Args:
-        base: folder or Hub id.
-        policies: likewise, by name, in the order of the weights.
-        step: see `Menu`.
-        how: see `Menu`.
-
-    Raises:
-        UserError: the step is not one.
-    """
+    """Return the menu of LoRA adapters over a base: `soup`, `lines`, and the other weighted sums; see `Menu`."""
     return Menu(base, policies, linear_rows(len(policies)), step=step, how=how)
 
 
