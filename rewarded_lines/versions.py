@@ -6,11 +6,13 @@ The ranges stand in pyproject.toml alone. They are read from the metadata of the
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
+from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -53,7 +55,8 @@ def pip(arguments: str) -> str:
     There, a `pip` on the path would be that of another Python. uv also takes a package from the first index that has
     it, and PyTorch's index has old versions of many.
     """
-    if find_spec("pip"):
+    made = Path(sys.prefix, "pyvenv.cfg")
+    if find_spec("pip") or not (made.is_file() and re.search(r"^uv *=", made.read_text(encoding="utf-8"), re.M)):
         return f"pip {arguments}"
     verb, _, rest = arguments.partition(" ")
     best = " --index-strategy unsafe-best-match" if "-index-url" in rest else ""

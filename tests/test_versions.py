@@ -205,9 +205,13 @@ def test_a_recipe_ends_with_the_message_before_it_imports_the_library(tmp_path):
         assert "Traceback" not in said and "pip install 'trl>=1.16,<2'" in said
 
 
-def test_where_uv_made_the_environment_its_command_is_told(have, monkeypatch):
+def test_where_uv_made_the_environment_its_command_is_told(have, monkeypatch, tmp_path):
     """It has no pip; a `pip` on the path would install for another Python."""
     monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nversion_info = 3.11.7\n")
+    assert install("report") == 'pip install "rewarded-lines[report]"'
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.13.9\n")
     command = f"uv pip install --python {shlex.quote(sys.executable)}"
     assert install_either("report") == f'{command} "rewarded-lines[report]"'
     # uv would else take every package from PyTorch's index that has an old version there.
