@@ -5,9 +5,9 @@ A mean is over the prompts that have a score, and so is every resampled one; see
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 
@@ -168,15 +168,6 @@ def _predicted(point: Point, texts: slice) -> np.ndarray:
 def perplexity(sums: np.ndarray) -> np.ndarray:
     """Return exp(Σ −log π(token) / tokens) of sums of nats and of tokens, [..., 2]."""
     return np.asarray(np.exp(sums[..., 0] / sums[..., 1]))
-
-
-def distinct2(responses: Iterable[str]) -> float:
-    """Return the number of different pairs of neighbouring words over that of all pairs; 0 without pairs.
-
-    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
-    """
-    pairs = [pair for text in responses for pair in pairwise(text.split())]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def _measures(point: Point, rewards: list[str]) -> np.ndarray:

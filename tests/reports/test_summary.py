@@ -232,6 +232,15 @@ def test_distinct2_by_hand(small_run: Run) -> None:
     assert measured("a b", "b a") == 1.0
     assert measured("a", "") == 0.0
     assert measured("a a a a", "a") == pytest.approx(1 / 3)
+    # Of Chinese, every character is a word, and punctuation is none: 今天, 天今, 今天 | 天好.
+    assert measured("今天今天。", "天 好！") == pytest.approx(3 / 4)
+
+
+def test_words_of_any_script_are_counted(small_run: Run) -> None:
+    responses = ["今天天气很好，我们去公园吧。", "GPT-4 は 良い model です"]
+    assert replace(small_run.sft, responses=responses).words.tolist() == [12, 7]
+    texts = ["a  b\tc\n", "", "don't stop — now!", "안녕 세상"]
+    assert replace(small_run.sft, responses=texts).words.tolist() == [len(text.split()) for text in texts]
 
 
 def controlled(run: Run, sums: list[list[list[float]]]) -> Run:
