@@ -14,7 +14,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import chdir
@@ -24,8 +23,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 # Beside this file.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -34,10 +31,19 @@ from evidence_stages.stage_files import REPO, Places, Stage, read_stages, seeds_
 
 from rewarded_lines.cli.display import progress_bar
 from rewarded_lines.errors import Problem, UserError, fail
-from rewarded_lines.folders import atomic_file, folder_lock, json_object_in, refuse_foreign, unfinished, write_json
+from rewarded_lines.folders import (
+    atomic_file,
+    folder_lock,
+    json_object_in,
+    refuse_foreign,
+    remove,
+    unfinished,
+    write_json,
+)
 from rewarded_lines.pipelines.recipe_jobs import FinishedParts, Part, RecipeJobs, Watch
 from rewarded_lines.pipelines.rounds import PolicyProgress
 from rewarded_lines.processes import die_with_parent, termination_as_exit
+from rewarded_lines.yaml_files import yaml_text
 
 STAGES = Path(__file__).resolve().parent / "evidence_stages"
 FULL, QUICK = ("movie_reviews", "packages", "skills", "pages"), ("quick",)
@@ -82,13 +88,13 @@ class Evidence:
         resumed = entry.get(_BEGAN) == stage.made_from
         if not resumed:
             for path in stage.starts_anew:
-                _remove(path)
+                remove(path)
                 # Where a recipe that was killed left its checkpoints.
-                _remove(unfinished(path))
+                remove(unfinished(path))
         write_json(self.finished.file, {**state, stage.name: {**entry, "made_from": "", _BEGAN: stage.made_from}})
         for path, content in stage.write.items():
             with atomic_file(path) as written:
-                written.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+                written.write_text(yaml_text(content), encoding="utf-8")
         recipes = RecipeJobs(self.places.out / "logs", small=stage.small, share_cores=True)
         with recipes as jobs, progress_bar(stage.name) as bar:
             self.finished.make([self.part(stage, jobs)], jobs, lambda _: bar)
@@ -115,13 +121,6 @@ def _work(stage: Stage, jobs: RecipeJobs, watch: Watch) -> None:
     named = {f"{stage.name} {number}": words for number, words in enumerate(stage.words, 1)}
     for group in [named] if stage.together else [{name: words} for name, words in named.items()]:
         jobs.run(group, partial(PolicyProgress, watch(stage.name), len(group)))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def run(evidence: Evidence) -> None:

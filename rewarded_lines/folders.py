@@ -25,6 +25,8 @@ METRICS_FILE = "metrics.jsonl"
 _LOCK = ".lock"
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _RENAME_EXCHANGE = 2
+# What file systems without locks answer, such as Lustre mounted without `flock`, or NFS without its lock service.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def unfinished(output: Path) -> Path:
@@ -103,7 +105,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def publish_folder(folder: Path, out: Path, overwrite: bool) -> None:
     """Flush a finished folder to the disk, then rename it to `out` beside it."""
-    sync_folder(folder)
+    for directory, _, files in os.walk(folder):
+        for name in (*files, ""):
+            _sync(Path(directory, name))
     with locked(out.parent):
         _put_in_place(folder, out, overwrite)
         # The new name must be on the disk before the old folder is removed.
@@ -125,11 +129,14 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(folder: Path, lock: Path | None = None) -> Iterator[None]:
-    """Hold a folder until the block or this process ends, by its lock file, by default one in the folder."""
+    """Hold a folder until the block or this process ends, by its lock file, by default one in the folder.
+
+    On a file system without locks, nothing is held, and two processes may work there.
+    """
     lock = lock or folder / _LOCK
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed the file between the two calls.
             if not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 raise BlockingIOError
@@ -162,13 +169,9 @@ def refuse_foreign(folder: Path, mark: str) -> None:
         raise fail("a file is in the place of the run folder", where=str(folder), remedy="pass another --out")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and not names & {mark, _LOCK}:
-        raise fail(
-            "the folder holds something else",
-            where=str(folder),
-            expected=f"an empty folder, or one with {mark}",
-            got=", ".join(sorted(names)[:5]),
-            remedy="pass another --out",
-        )
+        what, expected = "the folder holds something else", f"an empty folder, or one with {mark}"
+        got, remedy = ", ".join(sorted(names)[:5]), "pass another --out"
+        raise fail(what, where=str(folder), expected=expected, got=got, remedy=remedy)
 
 
 def refusal(folder: Path) -> str:
@@ -186,17 +189,14 @@ def existing(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush every file and folder below `folder` to the disk."""
-    for directory, _, files in os.walk(folder):
-        for path in [*(Path(directory, name) for name in files), Path(directory)]:
-            _sync(path)
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot flush folders: PostgreSQL's `fsync_fname` ignores the same two errors.
+        if not path.is_dir() or error.errno not in (errno.EBADF, errno.EINVAL):
+            raise
     finally:
         os.close(descriptor)
 
@@ -230,7 +230,7 @@ def _put_in_place(partial: Path, out: Path, overwrite: bool) -> None:
             raise
         what = "another process made the output folder meanwhile"
         raise fail(what, where=str(out), remedy="pass another --out") from error
-    _remove(replaced)
+    remove(replaced)
 
 
 def _swap(first: Path, second: Path) -> bool:
@@ -245,18 +245,19 @@ def _clean_up(out: Path) -> None:
     replaced = out.with_name(f".{out.name}.replaced")
     if os.path.lexists(replaced) and not os.path.lexists(out):
         os.rename(replaced, out)
-    _remove(replaced)
+    remove(replaced)
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
         try:
-            holder = _lock(leftover, wait=False)
+            holder = _lock(leftover, wait=False, surely=True)
         except (BlockingIOError, FileNotFoundError):
-            # Still in use, or already removed.
+            # Perhaps still in use, or already removed.
             continue
         shutil.rmtree(leftover, ignore_errors=True)
         os.close(holder)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -273,12 +274,27 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path, wait: bool) -> int:
-    """Return a descriptor that locks the folder until it is closed; without `wait`, may raise BlockingIOError."""
+def _lock(folder: Path, wait: bool, surely: bool = False) -> int:
+    """Return a descriptor that locks the folder until it is closed; without `wait`, may raise BlockingIOError.
+
+    With `surely`, it is raised for a folder that cannot be locked, too.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if not _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)) and surely:
+            raise BlockingIOError
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    """Lock an open file or folder; return False if its file system has no locks."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True

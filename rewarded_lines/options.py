@@ -67,7 +67,9 @@ def parse_assignments(given: Mapping[str, Any] | Iterable[str] | None) -> dict[s
     """
     if isinstance(given, Mapping):
         return dict(given)
-    import yaml
+    from yaml import YAMLError
+
+    from rewarded_lines.yaml_files import yaml_value
 
     found: dict[str, Any] = {}
     for text in given or ():
@@ -79,8 +81,8 @@ def parse_assignments(given: Mapping[str, Any] | Iterable[str] | None) -> dict[s
         if name in found:
             raise ValueError(f"`{name}` is given twice")
         try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            found[name] = yaml_value(value)
+        except YAMLError as error:
             raise ValueError(f"{text!r} is not readable as YAML") from error
     return found
 
@@ -101,6 +103,7 @@ def parse_numbers(flag: str, given: Mapping[str, float] | Iterable[str] | None) 
         return dict(given)
     found: dict[str, float] = {}
     for text in given or ():
+        # A name may have this sign, too.
         name, equals, value = text.rpartition("=")
         try:
             number = float(value)

@@ -1,4 +1,4 @@
-"""Processes: children that end with their parent or time, a termination that cleans up, memory."""
+"""Processes: children that end with their parent or time, a termination that cleans up, memory, GPUs."""
 
 from __future__ import annotations
 
@@ -101,6 +101,22 @@ def attempt(code: str, seconds: float = 300.0) -> str:
     # Libraries print their own advice below the error.
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
     return (errors or lines or [f"exit code {status}"])[-1][:160] if status else ""
+
+
+def graphics_driver() -> tuple[list[str], str]:
+    """Return the GPUs that the driver lists, by name and memory, and what nvidia-smi says where it fails."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError) as error:
+        return [], "" if isinstance(error, FileNotFoundError) else str(error)
+    said = [*done.stdout.splitlines(), *done.stderr.splitlines(), f"exit code {done.returncode}"]
+    return ([], said[0]) if done.returncode else (done.stdout.splitlines(), "")
+
+
+def graphics_cards() -> list[str]:
+    """Return the GPUs that the driver lists, by name and memory."""
+    return graphics_driver()[0]
 
 
 def available_memory(device: str) -> int:

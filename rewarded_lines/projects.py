@@ -11,10 +11,10 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -22,25 +22,13 @@ from rewarded_lines.config import CONTROL, GenerationSpec, ProjectConfig, is_one
 from rewarded_lines.config_values import Strict
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail, without_secrets
 from rewarded_lines.references import local_path, looks_local
+from rewarded_lines.yaml_files import read_yaml, yaml_text
 
 PROJECT_FILE = "rewarded-lines.yaml"
 EXTENDS = "extends"
 _MOST_KEYS_SHOWN = 20
 # A schedule that is neither coefficients nor POLICY=…
 _FILE_NAME = r"[^=]*[^-+\d.eE,\s=][^=]*"
-
-
-class _OnceLoader(yaml.SafeLoader):
-    """Reads YAML and refuses a repeated key; PyYAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            name = (key.tag, str(key.value))
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is given twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -88,24 +76,6 @@ class Project:
         """Refuse a project that lacks top-level `keys`, with every missing key at once."""
         if missing := [key for key in keys if not getattr(self.config, key)]:
             raise UserError(Problem(f"`{key}` is missing", where=str(self.path)) for key in missing)
-
-
-def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Return the mapping in a YAML file; `remedy` is for a file that is missing or no mapping."""
-    if not path.is_file():
-        raise fail("no such file", where=str(path), expected="a YAML file", remedy=remedy)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_OnceLoader)  # noqa: S506 - it is a safe one
-    except OSError as error:
-        raise fail("cannot be read", where=str(path), got=str(error)) from error
-    # PyYAML raises ValueError for an impossible date or number, and for text in another encoding.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        got = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
-        raise fail("not readable as YAML", where=str(path), got=got) from error
-    if not isinstance(content, dict):
-        got = "an empty file" if content is None else type(content).__name__
-        raise fail("not a mapping", where=str(path), expected="key: value lines", got=got, remedy=remedy)
-    return content
 
 
 def load_project(path: Path | str = PROJECT_FILE) -> Project:
@@ -251,7 +221,7 @@ def problems_of(error: ValidationError, where: str) -> list[Problem]:
 def save_project(path: Path, config: ProjectConfig) -> None:
     """Write `config` as YAML, without default values."""
     content = config.model_dump(mode="json", exclude_defaults=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml_text(content), encoding="utf-8")
 
 
 def unknown_key(key: str, known: list[str], where: str) -> Problem:
@@ -269,11 +239,14 @@ def _problem(place: str, detail: ErrorDetails) -> Problem:
     if detail["type"] == "extra_forbidden":
         known = [*_section(location[:-1]).model_fields, *([] if location[:-1] else [EXTENDS])]
         return unknown_key(location[-1], known, ": ".join([place, ".".join(location[:-1]) or "top level"]))
-    got, remedy = without_secrets(repr(detail["input"])), ""
+    what, got, remedy = detail["msg"].removeprefix("Value error, "), without_secrets(repr(detail["input"])), ""
+    # YAML reads yes, no, 1 and 2026-11-28 as values.
     if location[-1:] == ["[key]"]:
-        location, remedy = location[:-2], "write the name in quotes"  # YAML reads yes, no and 1 as values.
+        what, location, remedy = "a name that is no text", location[:-2], "write the name in quotes"
+    elif detail["type"] == "string_type" and isinstance(detail["input"], int | float | date):
+        remedy = "write it in quotes"
     return Problem(
-        detail["msg"].removeprefix("Value error, ") if not remedy else "a name that is no text",
+        what,
         where=f"{place}: {'.'.join(location)}" if location else place,
         expected=_SHAPES.get(detail["type"], ""),
         got=got if len(got) <= 80 else got[:77] + "...",

@@ -6,9 +6,13 @@ The ranges stand in pyproject.toml alone. They are read from the metadata of the
 from __future__ import annotations
 
 import os
+import re
+import sys
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
@@ -43,6 +47,20 @@ def build_of(library: str) -> str:
 def index_for(build: str) -> str:
     """Return the option of pip without which it does not find what a build needs, with a space before; mostly ""."""
     return _CPU_INDEX if build in CPU_BUILDS.values() else ""
+
+
+def pip(arguments: str) -> str:
+    """Return the command that changes this environment: of pip, or of uv, whose environments have no pip.
+
+    There, a `pip` on the path would be that of another Python. uv also takes a package from the first index that has
+    it, and PyTorch's index has old versions of many.
+    """
+    made = Path(sys.prefix, "pyvenv.cfg")
+    if find_spec("pip") or not (made.is_file() and re.search(r"^uv *=", made.read_text(encoding="utf-8"), re.M)):
+        return f"pip {arguments}"
+    verb, _, rest = arguments.partition(" ")
+    best = " --index-strategy unsafe-best-match" if "-index-url" in rest else ""
+    return f"uv pip {verb} --python {quote(sys.executable)} {rest}{best}"
 
 
 def noted(command: str, *notes: str) -> str:
@@ -134,11 +152,11 @@ def version_problem(package: str, otherwise: str = "") -> Problem | None:
     range_ = Requirement(wanted or package).specifier
     if not wanted or not have or fits(range_, have):
         return None
-    command = f"pip install {quote(wanted)}{index_for(package)}"
+    command = pip(f"install {quote(wanted)}{index_for(package)}")
     found = _parsed(have)
     if found is None:
         # pip refuses to replace it.
-        remedy = noted(f"pip uninstall -y {package} && {command}", otherwise)
+        remedy = noted(f"{pip(f'uninstall -y {package}')} && {command}", otherwise)
         return Problem(f"the version of {package} cannot be read", expected=wanted, got=have, remedy=remedy)
     newer = all(one.contains(found.base_version) for one in range_ if one.operator.startswith(">"))
     own_build = found.local is not None or found.is_devrelease

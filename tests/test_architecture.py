@@ -42,6 +42,7 @@ GROUND = [
         "reward_settings",
         "trace",
         "versions",
+        "yaml_files",
     ),
 ]
 # The files of merger/, highest first, too.

@@ -1,14 +1,16 @@
 """Output folders after kills and other accidents."""
 
+import errno
 import fcntl
 import json
 import os
+import stat
 import threading
 
 import pytest
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.folders import atomic_file, atomic_folder, refuse_foreign, write_json
+from rewarded_lines.folders import atomic_file, atomic_folder, folder_lock, hold_folder, refuse_foreign, write_json
 
 
 def names(folder):
@@ -35,6 +37,39 @@ def test_what_a_dead_process_left_is_removed_and_what_a_live_one_writes_is_not(t
         pass
     os.close(holder)
     assert names(tmp_path) == [".out.partial-2", "out"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_takes_runs_and_merges(tmp_path, monkeypatch, code):
+    """Such as Lustre mounted without `flock`. Nobody knows there whether a partial folder is still in use."""
+
+    def refuse(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".out.partial-1").mkdir()
+    with folder_lock(tmp_path), hold_folder(tmp_path / "run"), atomic_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [".lock", ".out.partial-1", "out"]
+
+
+def test_folders_that_cannot_be_flushed_are_written_all_the_same(tmp_path, monkeypatch):
+    """Such as VirtualBox's shared ones; a file that cannot be flushed is a fault."""
+    flush, broken = os.fsync, []
+
+    def refuse(descriptor):
+        if broken or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "file").touch()
+    assert names(tmp_path / "out") == ["file"]
+    broken.append(True)
+    with pytest.raises(OSError, match="Invalid argument"), atomic_folder(tmp_path / "other") as folder:
+        (folder / "file").touch()
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("finished", [False, True])

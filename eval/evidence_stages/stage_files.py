@@ -33,7 +33,7 @@ from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.pipelines.recipe_jobs import digest
 from rewarded_lines.pipelines.round_plan import COMMAND, program
-from rewarded_lines.projects import read_yaml
+from rewarded_lines.yaml_files import read_yaml
 
 REPO = Path(__file__).resolve().parents[2]
 # The first words that a command may have, and what is run for them.

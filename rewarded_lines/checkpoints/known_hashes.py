@@ -106,9 +106,10 @@ class KnownHashes:
 
 def _in_cache(work: Callable[[sqlite3.Connection], Found]) -> Found | None:
     """Do some work with the user's cache; None if it cannot be opened, or is damaged or busy."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rewarded-lines"
-    # OverflowError: SQLite's numbers have 63 bits, and some file systems number their files beyond.
+    # RuntimeError: a user without a home, as in a container that runs under any number. OverflowError: SQLite's numbers
+    # have 63 bits, and some file systems number their files beyond.
     with suppress(OSError, RuntimeError, OverflowError, sqlite3.Error):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rewarded-lines"
         folder.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(folder / "hashes.sqlite", timeout=1)) as table, table:
             table.execute(_TABLE)

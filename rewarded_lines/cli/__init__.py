@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import sys
@@ -111,6 +112,7 @@ def _root(
 def main() -> None:
     """Run the command line; a user's mistake prints one message without a traceback and exits with 1 or 2."""
     die_with_parent()
+    _open_streams()
     # The Hub's library reads this at its import, which comes later.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Libraries make millions of lasting objects: collecting among them, also at exit, takes seconds.
@@ -128,12 +130,24 @@ def main() -> None:
     except UserError as error:
         _complain(error)
     except OSError as error:
-        # For example a full disk: the system's message names the place.
-        _complain(Problem(str(error)))
+        # The system's message names the place, except where a disk is full.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        _complain(Problem(str(error), remedy="rewarded-lines doctor\n    # tells what is free" if full else ""))
     except MemoryError as error:
         _complain(Problem(f"not enough memory: {error}"))
     if code:
         sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Let standard streams that are closed (`>&-`) lead nowhere: else the next file would take the place of one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is this one.
+            stream = os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r", closefd=False)
+            setattr(sys, name, stream)
 
 
 def _usage_problem(error: Any) -> Problem:
@@ -173,5 +187,5 @@ def _typed(names: list[str]) -> str:
 
 
 def _complain(about: Problem | UserError, code: int = 1) -> NoReturn:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(str(about), style="red", markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(str(about), style="red", markup=False, emoji=False)
     sys.exit(code)

@@ -92,26 +92,20 @@ def _show_results(settings: DemoSettings, seconds: Mapping[str, float]) -> None:
     """Print what the stages up to the last one have made."""
     console, folder = Console(), settings.out
     if "report" in seconds:
-        summary = show_report(folder / "sweep")
+        from rewarded_lines.evaluator.records import load_run
+        from rewarded_lines.reports.summary import summarise
+
+        summary = summarise(load_run(folder / "sweep"))
+        show(folder / "sweep", summary, chart=False)
     console.print(f"  {'pipeline':<10}{sum(seconds.values()):7.1f} s  all stages, without installation")
     if "merge" in seconds:
-        console.print(f"a merged policy: {folder / 'merged' / 'lam=0.50'}\n", soft_wrap=True)
+        show_line(f"a merged policy: {folder / 'merged' / 'lam=0.50'}\n")
         show_end(folder, summary, settings.engine)
-
-
-def show_report(run: Path) -> Summary:
-    """Print a run's report without the chart; return its summary."""
-    from rewarded_lines.evaluator.records import load_run
-    from rewarded_lines.reports.summary import summarise
-
-    summary = summarise(load_run(run))
-    show(run, summary, chart=False)
-    return summary
 
 
 def show_end(folder: Path, summary: Summary, engine: str) -> None:
     """Print the front as a chart, commands to try in the run folder, and the path of the page."""
-    from rewarded_lines.reports.report import PAGE, report_files
+    from rewarded_lines.reports.report import PAGE
     from rewarded_lines.reports.terminal_chart import FrontChart
 
     console = Console()
@@ -132,8 +126,8 @@ def show_end(folder: Path, summary: Summary, engine: str) -> None:
     show_line(shlex.join(["cd", str(folder)]))
     for aim, words in next_steps.items():
         show_line(f"# {aim}\n{shlex.join(['rewarded-lines', *words])}")
-    pages = [path for path in report_files(folder / "sweep") if path.name == PAGE]
-    for page in pages:
+    page = folder / "sweep" / "report" / PAGE
+    if page.is_file():
         show_line(f"\nThe front with every response, for a browser: {page}")
 
 
@@ -174,7 +168,9 @@ class _Display:
     def _plan(self) -> None:
         """Print what each stage does and about how long it takes."""
         settings, total = self._settings, sum(map(self._settings.expected, self._stages))
-        self._console.print(f"demo: {settings.algo}, seed {settings.seed}, in {settings.out}", soft_wrap=True)
+        self._console.print(
+            f"demo: {settings.algo}, seed {settings.seed}, in {settings.out}", soft_wrap=True, markup=False
+        )
         self._console.print(
             f"About {round(total / 60)} minutes on two quiet cores. Started again, a stopped demo goes on.\n"
         )

@@ -91,8 +91,7 @@ def _check(plot: Path) -> None:
 
 
 def _draw(found: Any, plot: Path, several: bool) -> None:
-    from rewarded_lines.reports.figures.comparison_figure import comparison_figure
-    from rewarded_lines.reports.figures.depth_figure import depth_figure
+    from rewarded_lines.reports.figures.depth_figure import comparison_figure, depth_figure
     from rewarded_lines.reports.figures.figure_style import write_figure
 
     write_figure(plot, lambda: comparison_figure(found) if several else depth_figure(found))

@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rewarded_lines.cli.display import progress_bar, show_json, show_line
 from rewarded_lines.cli.merge_command import MethodOptions, parse_alpha
@@ -86,9 +87,9 @@ def _table(found: list[Round]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = list(found[-1].scores)
     for heading in ("round", *(name if name != "kl_to_sft" else "KL to SFT" for name in names), "seconds", "model"):
-        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
+        table.add_column(Text(heading), justify="left" if heading == "model" else "right", overflow="fold")
     for one in found:
         values = [one.scores[name] for name in names]
         cells = [f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})" for value in values]
-        table.add_row(str(one.number), *cells, f"{one.seconds or 0:.0f}", one.merged)
+        table.add_row(str(one.number), *cells, f"{one.seconds or 0:.0f}", Text(one.merged))
     return table

@@ -109,7 +109,7 @@ def _show_shape(found: FoundShape) -> None:
     names = {"tuned": "tuned: α = {:g}, β = {:g}".format(*found.tuned)}
     for one in found.volumes:
         cells = names.get(one.method, one.method), _shown(one.hypervolume), change.get(one.method, "")
-        table.add_row(*cells, f"{found.kl[one.method]:.3g}")
+        table.add_row(*map(Text, cells), f"{found.kl[one.method]:.3g}")
     console.print(table)
     console.print(Text(f"\n{found.verdict}\n", style="bold"))
     rows = f"to keep them in the run, add these under `sweep.methods:` and sweep:\n{found.rows}"

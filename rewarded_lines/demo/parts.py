@@ -13,9 +13,10 @@ from rewarded_lines.demo import movie_reviews as reviews
 from rewarded_lines.demo import waiting_recipe
 from rewarded_lines.demo.demo_settings import CONFIGURED, DemoSettings
 from rewarded_lines.pipelines.recipe_jobs import Part, Watch, digest
-from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, read_yaml, save_project
+from rewarded_lines.projects import PROJECT_FILE, load_project, named_places, save_project
 from rewarded_lines.recipe_files import files_root
 from rewarded_lines.references import local_path
+from rewarded_lines.yaml_files import read_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Packages that trained models depend on.

@@ -5,9 +5,9 @@ A mean is over the prompts that have a score, and so is every resampled one; see
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 
@@ -34,8 +34,7 @@ class Table:
         objectives: the columns that make the front.
         samples: means of the rewards, then KL and words.
         measured: for each run [points, prompts, rewards + 2], what `samples` are means of; NaN for a missing score.
-        resamples: how many were drawn.
-        seed: of the resamples.
+        resamples: how many were drawn, with the seed `SEED`.
     """
 
     rows: list[list[Point]]
@@ -44,7 +43,6 @@ class Table:
     samples: RunSamples
     measured: list[np.ndarray]
     resamples: int
-    seed: int
 
     @property
     def means(self) -> np.ndarray:
@@ -98,7 +96,7 @@ class Table:
             return RunSamples(means[:, :, [row]] - means[:, :, [other]], self.samples.drawn)
         pairs = [one[[row]] - one[[other]] for one in self.measured]
         both = f"both {self.rows[row][0].spec} and {self.rows[other][0].spec}"
-        return _resampled(pairs, self.resamples, self.seed, [both], self.rewards)
+        return _resampled(pairs, self.resamples, [both], self.rewards)
 
     def methods(self) -> dict[str, list[int]]:
         """Return the rows of each method."""
@@ -109,7 +107,7 @@ class Table:
         return found
 
 
-def tabulate(runs: Sequence[Run], seed: int = SEED, resamples: int | None = None) -> Table:
+def tabulate(runs: Sequence[Run], resamples: int | None = None) -> Table:
     """Return the records of runs, which differ in the policies' training seed, as arrays.
 
     `resamples` are by default as many as the first run's project asks for.
@@ -124,8 +122,8 @@ def tabulate(runs: Sequence[Run], seed: int = SEED, resamples: int | None = None
     measures = [np.stack([_measures(row[index], rewards) for row in rows]) for index in range(len(runs))]
     objectives = [rewards.index(name) for name in runs[0].objectives]
     resamples = resamples or int(runs[0].header.get("sweep", {}).get("resamples", RESAMPLES))
-    samples = _resampled(measures, resamples, seed, [str(point.spec) for point, *_ in rows], rewards)
-    return Table(rows, rewards, objectives, samples, measures, resamples, seed)
+    samples = _resampled(measures, resamples, [str(point.spec) for point, *_ in rows], rewards)
+    return Table(rows, rewards, objectives, samples, measures, resamples)
 
 
 def control_sets(run: Run) -> dict[str, int]:
@@ -134,7 +132,7 @@ def control_sets(run: Run) -> dict[str, int]:
     return dict(told) if isinstance(told, Mapping) else {CONTROL: told}
 
 
-def control_perplexities(table: Table, run: Run, seed: int) -> dict[str, np.ndarray]:
+def control_perplexities(table: Table, run: Run) -> dict[str, np.ndarray]:
     """Return the perplexity of each set of control texts at each point, [1 + resamples, points].
 
     Without the sets of which no token is predicted at some point. `run` is the table's first.
@@ -143,16 +141,16 @@ def control_perplexities(table: Table, run: Run, seed: int) -> dict[str, np.ndar
     slices = {
         name: slice(end - counts[name], end) for name, end in zip(counts, accumulate(counts.values()), strict=True)
     }
-    found = {name: _perplexities(table, texts, seed, table.means.shape[0] - 1) for name, texts in slices.items()}
+    found = {name: _perplexities(table, texts, table.means.shape[0] - 1) for name, texts in slices.items()}
     return {name: values for name, values in found.items() if values is not None}
 
 
-def _perplexities(table: Table, texts: slice, seed: int, resamples: int) -> np.ndarray | None:
+def _perplexities(table: Table, texts: slice, resamples: int) -> np.ndarray | None:
     sums = [[_predicted(point, texts) for point in row] for row in table.rows]
     if not all(len(one) for row in sums for one in row):
         return None
     runs = [np.stack([row[index] for row in sums]) for index in range(len(sums[0]))]
-    samples = resample_runs(runs, resamples, seed)
+    samples = resample_runs(runs, resamples, SEED)
     return np.asarray(run_average(perplexity(samples.means), samples.drawn))
 
 
@@ -167,15 +165,6 @@ def perplexity(sums: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(sums[..., 0] / sums[..., 1]))
 
 
-def distinct2(responses: Iterable[str]) -> float:
-    """Return the number of different pairs of neighbouring words over that of all pairs; 0 without pairs.
-
-    Source: Li et al., "A Diversity-Promoting Objective Function for Neural Conversation Models", 2016.
-    """
-    pairs = [pair for text in responses for pair in pairwise(text.split())]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
 def _measures(point: Point, rewards: list[str]) -> np.ndarray:
     """Return each prompt's mean scores, KL and words: [prompts, rewards + 2]; NaN for no score."""
     columns = [*(point.scores[name] for name in rewards), point.kl, point.words]
@@ -185,13 +174,13 @@ def _measures(point: Point, rewards: list[str]) -> np.ndarray:
 
 
 def _resampled(
-    measured: Sequence[np.ndarray], resamples: int, seed: int, points: Sequence[str], rewards: Sequence[str]
+    measured: Sequence[np.ndarray], resamples: int, points: Sequence[str], rewards: Sequence[str]
 ) -> RunSamples:
     """Return the resampled means of [points, prompts, measures]; a UserError if too few prompts have a score.
 
     At least half of the resamples must draw a score for every mean.
     """
-    samples = resample_runs(measured, resamples, seed)
+    samples = resample_runs(measured, resamples, SEED)
     counts = np.min([(~np.isnan(one)).sum(axis=1) for one in measured], axis=0)
     if 2 * (len(samples.means) - 1) < resamples or np.isnan(samples.means[0]).any():
         point, reward = np.unravel_index(counts.argmin(), counts.shape)
@@ -286,4 +275,8 @@ def _faults(point: Point, prompts: list[str], rewards: list[str]) -> list[str]:
     for name, values in wrongs.items():
         if wrong := int(values.sum()):
             faults.append(f"{name} is not finite for {wrong} of {len(values)} responses")
+    texts = np.zeros((0, 2)) if point.control is None else point.control
+    # NaN would count as a text that is not there.
+    if wrong := int((~np.isfinite(texts)).any(axis=1).sum()):
+        faults.append(f"the likelihood of {wrong} of {len(texts)} control texts is not finite")
     return faults

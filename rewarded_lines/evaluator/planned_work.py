@@ -15,7 +15,6 @@ from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.config import PromptSpec
 from rewarded_lines.data.dataset_formats import read_prompts
 from rewarded_lines.data.prompts import encode
-from rewarded_lines.doctor import graphics_cards
 from rewarded_lines.engines.kv_cache import kv_bytes
 from rewarded_lines.engines.memory_plan import CUDA, ITEMSIZE, Job, Machine
 from rewarded_lines.engines.model_shapes import ModelShape, read_shape
@@ -23,7 +22,7 @@ from rewarded_lines.engines.plan_options import PlanOptions
 from rewarded_lines.engines.vllm_memory import working_memory
 from rewarded_lines.errors import UserError
 from rewarded_lines.extras import is_installed
-from rewarded_lines.processes import GIB, available_host_memory
+from rewarded_lines.processes import GIB, available_host_memory, graphics_cards
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 from rewarded_lines.reward_settings import RewardSpec
 from rewarded_lines.rewards.model_sizes import LONGEST

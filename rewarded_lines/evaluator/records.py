@@ -25,6 +25,7 @@ from rewarded_lines.config import SFT
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.missing_scores import Missing, count_missing, prompt_means
 from rewarded_lines.evaluator.points import PointSpec
+from rewarded_lines.evaluator.words import words_in
 from rewarded_lines.folders import atomic_file
 from rewarded_lines.merger.preferences import Mixtures, read_mixtures
 from rewarded_lines.pareto.bootstrap import present_mean
@@ -77,8 +78,8 @@ class Point:
 
     @property
     def words(self) -> np.ndarray:
-        """Words in each response, separated by white space."""
-        return np.array([len(response.split()) for response in self.judged], dtype=np.int64)
+        """Words in each response; see `words_in`."""
+        return np.array([len(words_in(response)) for response in self.judged], dtype=np.int64)
 
     def means(self, rewards: Sequence[str]) -> list[float]:
         """Return the mean score of each of these rewards, with missing scores over the prompts that have one."""

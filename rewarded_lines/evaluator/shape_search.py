@@ -31,6 +31,7 @@ from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.rewards.reward import deciding
+from rewarded_lines.versions import noted, pip
 
 SHAPE, UNIFORM = "shape", "shape-uniform"
 _OTHERS = {"soup": Line(1.0, 0.0), "lines": Line(1.0, 1.0)}
@@ -119,7 +120,7 @@ def plan_shape(setup: Setup, options: ShapeOptions) -> tuple[ShapeSpace, list[Ro
     try:
         _sampler(options, 0)
     except ImportError as error:
-        remedy = 'pip install "optuna-integration[botorch]", or leave --sampler out'
+        remedy = noted(pip('install "optuna-integration[botorch]"'), "or leave --sampler out")
         raise fail(f"not installed: {error}", where=f"--sampler {options.sampler}", remedy=remedy) from error
     return ShapeSpace(str(options.shape), options.knots, curves, round(options.most, 2)), rows
 

@@ -14,7 +14,8 @@ from pydantic_core import ErrorDetails
 from rewarded_lines.config_values import Strict
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.mergekit_gradients import Line, line_of
-from rewarded_lines.projects import read_yaml, unknown_key
+from rewarded_lines.projects import unknown_key
+from rewarded_lines.yaml_files import read_yaml
 
 _DTYPES = ("float32", "bfloat16", "float16")
 Parameters = Mapping[str, Any]

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
+_Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ def estimate_samples(samples: ArrayLike, level: float = LEVEL) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion; the default z gives 95%."""
-    share, weight = successes / trials, z * z / trials
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return Wilson's 95% score interval of a proportion."""
+    share, weight = successes / trials, _Z**2 / trials
     centre = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
+    half = _Z * math.sqrt(share * (1 - share) / trials + weight / (4 * trials)) / (1 + weight)
     return centre - half, centre + half

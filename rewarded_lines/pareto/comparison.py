@@ -16,7 +16,7 @@ from rewarded_lines.pareto.approximate_hypervolume import (
     parallel,
     samples_seconds,
 )
-from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples, run_average
+from rewarded_lines.pareto.bootstrap import Estimate, estimate_samples, run_average
 from rewarded_lines.pareto.hypervolume import hypervolume, hypervolumes
 from rewarded_lines.progress import SILENT, Progress
 
@@ -125,16 +125,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds / size:.2g} {unit}"
 
 
-def method_volumes(volumes: Volumes, level: float = LEVEL) -> list[MethodVolume]:
+def method_volumes(volumes: Volumes) -> list[MethodVolume]:
     """Return each method's hypervolume above each reference with its interval."""
     return [
-        MethodVolume(method, reference, estimate_samples(one.values, level), one.error, one.resample_error)
+        MethodVolume(method, reference, estimate_samples(one.values), one.error, one.resample_error)
         for method, by_reference in volumes.items()
         for reference, one in by_reference.items()
     ]
 
 
-def compare(volumes: Volumes, level: float = LEVEL) -> list[VolumeDifference]:
+def compare(volumes: Volumes) -> list[VolumeDifference]:
     """Return later method minus earlier, for each pair in the order of `volumes` and each reference.
 
     Δ_b = HV_b(method) − HV_b(other) in every resample b, and the interval is that of the Δ_b. Both
@@ -147,6 +147,5 @@ def compare(volumes: Volumes, level: float = LEVEL) -> list[VolumeDifference]:
             change = one.values - before
             share = float((change[1:] > 0).mean())
             relative = float(change[0] / before[0]) if before[0] > 0 else None
-            estimated = estimate_samples(change, level)
-            found.append(VolumeDifference(method, other, reference, estimated, share, relative))
+            found.append(VolumeDifference(method, other, reference, estimate_samples(change), share, relative))
     return found

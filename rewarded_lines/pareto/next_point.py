@@ -98,7 +98,7 @@ def next_weights(
 
     def order(proposal: Proposal) -> tuple[float, float, tuple[float, ...]]:
         # Rounded, so that differences in the last bits count as none.
-        gap = _gap(places, *proposal.between)
+        gap = np.abs(np.subtract(*places[list(proposal.between)])).max()
         return -round(proposal.potential / most, 9), -round(gap, 9), proposal.weights
 
     return min(found, key=order)
@@ -147,10 +147,6 @@ def _neighbours(places: Array, min_gap: float) -> Iterator[tuple[int, int]]:
             strange = ~used[others] @ (used[between] & ~used[one]).T
             others = others[~(inside & ~strange).any(axis=1)]
         yield from ((one, other) for other in others.tolist())
-
-
-def _gap(places: Array, one: int, other: int) -> float:
-    return float(np.abs(places[one] - places[other]).max())
 
 
 def rounded(place: Array) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ The difference of run s on prompt j is Δ + a_s + b_j + e_sj. The runs share the
 smaller. A mean over S runs and n prompts has the variance σ²_a/S + σ²_b/n + σ²_e/(S·n). Hypervolumes follow it as far
 as they are linear in the mean scores.
 
-Functions raise ValueError for fewer than two prompts, a size of 0, or a level or power outside (0, 1).
+Functions raise ValueError for fewer than two prompts, or a size of 0.
 
 Sources: Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988, chapter 2; Searle, Casella and
 McCulloch, "Variance Components", 1992, chapter 4 (estimates from mean squares, not below 0).
@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate
 
 POWER = 0.8
+FACTOR = NormalDist().inv_cdf((1 + LEVEL) / 2) + NormalDist().inv_cdf(POWER)
+"""z_((1+level)/2) + z_power: a two-sided test at 1 − level finds a difference of so many standard errors."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,13 @@ class Variances:
     residual: float = 0.0
     seed: Estimate | None = None
 
-    def standard_error(self, runs: int | None = None, prompts: int | None = None, seed: float | None = None) -> float:
-        """Return √(σ²_a/S + σ²_b/n + σ²_e/(S·n)), by default of what was measured; `seed` replaces σ²_a."""
-        count, many = runs or self.runs, prompts or self.prompts
+    def standard_error(self, seed: float | None = None) -> float:
+        """Return √(σ²_a/S + σ²_b/n + σ²_e/(S·n)); `seed` replaces σ²_a."""
         own = (self.seed.value if self.seed else 0.0) if seed is None else seed
-        return math.sqrt(own / count + self.prompt / many + self.residual / (count * many))
+        return math.sqrt(own / self.runs + self.prompt / self.prompts + self.residual / (self.runs * self.prompts))
 
 
-def variances(samples: ArrayLike, prompts: int, level: float = LEVEL) -> Variances:
+def variances(samples: ArrayLike, prompts: int) -> Variances:
     """Return the variances of a difference from its values in resamples of the prompts.
 
     With D_bs the difference of run s in resample b, and prompts drawn for all runs alike: mean_s Var_b(D_bs) estimates
@@ -62,7 +63,6 @@ def variances(samples: ArrayLike, prompts: int, level: float = LEVEL) -> Varianc
     Args:
         samples: D, [1 + resamples, runs], row 0 measured.
         prompts: n.
-        level: of the interval.
     """
     values = np.asarray(samples, dtype=np.float64)
     if values.ndim != 2 or len(values) < 3:
@@ -78,50 +78,42 @@ def variances(samples: ArrayLike, prompts: int, level: float = LEVEL) -> Varianc
     shared = min(both, max(0.0, float(spread.sum() - np.trace(spread)) / (runs * (runs - 1))))
     residual = both - shared
     between = float(values[0].var(ddof=1))
-    ends = [between * (runs - 1) / chi_square((1 + sign * level) / 2, runs - 1) for sign in (1, -1)]
+    ends = [between * (runs - 1) / chi_square((1 + sign * LEVEL) / 2, runs - 1) for sign in (1, -1)]
     seed = Estimate(*(max(0.0, value - residual / prompts) for value in (between, *ends)))
     return Variances(runs, prompts, shared, residual, seed)
 
 
-def factor(power: float = POWER, level: float = LEVEL) -> float:
-    """Return z_((1+level)/2) + z_power: a two-sided test at 1 − level finds so many standard errors with this power."""
-    for name, value in {"power": power, "level": level}.items():
-        if not 0 < value < 1:
-            raise ValueError(f"a {name} of {value}; expected one between 0 and 1")
-    return NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
+def least_difference(standard_error: float) -> float:
+    """Return the smallest difference that is found with 80% power: `FACTOR` · standard error."""
+    return FACTOR * standard_error
 
 
-def least_difference(standard_error: float, power: float = POWER, level: float = LEVEL) -> float:
-    """Return the smallest difference that is found with this power: factor · standard error."""
-    return factor(power, level) * standard_error
-
-
-def prompts_needed(found: Variances, size: float, power: float = POWER, level: float = LEVEL) -> int | None:
+def prompts_needed(found: Variances, size: float) -> int | None:
     """Return how many prompts find a difference of `size` with as many runs as before.
 
-    n = (σ²_b + σ²_e/S) / ((size/factor)² − σ²_a/S), rounded up; None where no number of prompts makes up for the runs.
+    n = (σ²_b + σ²_e/S) / ((size/`FACTOR`)² − σ²_a/S), rounded up; None where no number makes up for the runs.
     """
-    room = _allowed(size, power, level) - (found.seed.value if found.seed else 0.0) / found.runs
+    room = _allowed(size) - (found.seed.value if found.seed else 0.0) / found.runs
     return None if room <= 0 else max(2, math.ceil((found.prompt + found.residual / found.runs) / room - 1e-9))
 
 
-def runs_needed(found: Variances, size: float, power: float = POWER, level: float = LEVEL) -> int | None:
+def runs_needed(found: Variances, size: float) -> int | None:
     """Return how many training runs find a difference of `size` with the same prompts.
 
-    S = (σ²_a + σ²_e/n) / ((size/factor)² − σ²_b/n), rounded up; None where no number of runs makes up for the prompts,
+    S = (σ²_a + σ²_e/n) / ((size/`FACTOR`)² − σ²_b/n), rounded up; None where no number makes up for the prompts,
     or where one run shows nothing of σ²_a.
     """
-    room = _allowed(size, power, level) - found.prompt / found.prompts
+    room = _allowed(size) - found.prompt / found.prompts
     if found.seed is None or room <= 0:
         return None
     return max(1, math.ceil((found.seed.value + found.residual / found.prompts) / room - 1e-9))
 
 
-def _allowed(size: float, power: float, level: float) -> float:
+def _allowed(size: float) -> float:
     """Return the variance of the mean at which a difference of `size` is found."""
     if not (math.isfinite(size) and size):
         raise ValueError(f"a difference of {size}; expected a number other than 0")
-    return float((size / factor(power, level)) ** 2)
+    return float((size / FACTOR) ** 2)
 
 
 def chi_square(share: float, degrees: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -17,19 +17,8 @@ from rewarded_lines.pareto.bootstrap import Estimate, estimate_samples, run_aver
 from rewarded_lines.pareto.comparison import Volumes
 from rewarded_lines.pareto.power import Variances, least_difference, prompts_needed, runs_needed, variances
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """The hypervolume difference to plan for: `size`, or with `share` that part of the other's; None: the one seen."""
-
-    size: float | None = None
-    share: bool = False
-
-    def of(self, seen: float, other: float) -> float:
-        """Return the size in the hypervolume's unit."""
-        if self.size is None:
-            return abs(seen)
-        return self.size * abs(other) if self.share else self.size
+Size = Callable[[float, float], float]
+"""The hypervolume difference to plan for, from the one that was seen and the other method's hypervolume."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +55,14 @@ class Detectable:
         return not self.difference.low <= 0 <= self.difference.high
 
 
-def read_wanted(power: bool | float | str) -> Wanted | None:
+def read_size(power: bool | float | str) -> Size | None:
     """Return what `report(power=…)` asks for: True for the difference seen, 5, or "10%"; None for False.
 
     Raises:
         UserError: no number above 0.
     """
     if power is True or power is False:
-        return Wanted() if power else None
+        return (lambda seen, other: abs(seen)) if power else None
     text = str(power).strip()
     try:
         number = float(text.removesuffix("%"))
@@ -82,12 +71,10 @@ def read_wanted(power: bool | float | str) -> Wanted | None:
     if not (math.isfinite(number) and number > 0):
         expected = "a difference in hypervolume above 0, such as 5, or 10% of the other method's"
         raise fail("not a size to plan for", where="--size", expected=expected, got=text)
-    return Wanted(number / 100, share=True) if text.endswith("%") else Wanted(number)
+    return (lambda seen, other: number / 100 * abs(other)) if text.endswith("%") else (lambda seen, other: number)
 
 
-def detectable(
-    table: Table, volumes: Volumes, runs: Sequence[Run], wanted: Wanted | None, level: float
-) -> list[Detectable]:
+def detectable(table: Table, volumes: Volumes, runs: Sequence[Run], size_of: Size | None) -> list[Detectable]:
     """Return every pair of methods that the report compares: above each reference, then by reward at one λ.
 
     The λ is the shared one with the most equal weights. Rewards are planned for with the difference seen.
@@ -95,7 +82,7 @@ def detectable(
     Raises:
         UserError: fewer than two prompts or methods, or a method that only some of the runs have.
     """
-    if wanted is None:
+    if size_of is None:
         return []
     prompts = table.measured[0].shape[1]
     _check(table, runs, prompts)
@@ -104,14 +91,14 @@ def detectable(
         for reference, one in volumes[method].items():
             before = volumes[other][reference]
             assert one.by_run is not None and before.by_run is not None
-            size = wanted.of(float((one.values - before.values)[0]), float(before.values[0]))
-            change, each = estimate_samples(one.values - before.values, level), one.by_run - before.by_run
-            found.append(_row((method, other, "hypervolume", reference), change, each, size, prompts, level))
-        found += _rewards(table, method, other, prompts, level)
+            size = size_of(float((one.values - before.values)[0]), float(before.values[0]))
+            change, each = estimate_samples(one.values - before.values), one.by_run - before.by_run
+            found.append(_row((method, other, "hypervolume", reference), change, each, size, prompts))
+        found += _rewards(table, method, other, prompts)
     return found
 
 
-def _rewards(table: Table, method: str, other: str, prompts: int, level: float) -> Iterator[Detectable]:
+def _rewards(table: Table, method: str, other: str, prompts: int) -> Iterator[Detectable]:
     """Yield the rewards' differences at the shared weights that are most equal; none without shared weights."""
     rows = [{table.rows[row][0].spec.weights: row for row in table.methods()[name]} for name in (method, other)]
     shared = [weights for weights in rows[0] if weights in rows[1] and weights]
@@ -122,21 +109,17 @@ def _rewards(table: Table, method: str, other: str, prompts: int, level: float) 
     place = f"λ = {', '.join(f'{weight:.4g}' for weight in (middle[:1] if len(middle) == 2 else middle))}"
     for column in table.objectives:
         each = samples.means[:, :, 0, column]
-        change = estimate_samples(run_average(each, samples.drawn), level)
+        change = estimate_samples(run_average(each, samples.drawn))
         key = (method, other, table.rewards[column], place)
-        yield _row(key, change, each, abs(change.value), prompts, level)
+        yield _row(key, change, each, abs(change.value), prompts)
 
 
-def _row(
-    key: tuple[str, str, str, str], change: Estimate, each: np.ndarray, size: float, prompts: int, level: float
-) -> Detectable:
-    parts = variances(each, prompts, level)
+def _row(key: tuple[str, str, str, str], change: Estimate, each: np.ndarray, size: float, prompts: int) -> Detectable:
+    parts = variances(each, prompts)
     error = parts.standard_error()
     seeds = (None, None, None) if parts.seed is None else (None, parts.seed.low, parts.seed.high)
-    least = (least_difference(parts.standard_error(seed=seed), level=level) for seed in seeds)
-    numbers = (
-        (prompts_needed(parts, size, level=level), runs_needed(parts, size, level=level)) if size else (None, None)
-    )
+    least = (least_difference(parts.standard_error(seed=seed)) for seed in seeds)
+    numbers = (prompts_needed(parts, size), runs_needed(parts, size)) if size else (None, None)
     return Detectable(*key, change, error, Estimate(*least), size, *numbers, parts)
 
 

@@ -10,14 +10,16 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from rewarded_lines.config import SFT
 from rewarded_lines.errors import fail
 from rewarded_lines.evaluator.paired_scores import Table
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.merger.methods import MOD
-from rewarded_lines.pareto.bootstrap import LEVEL
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
-from rewarded_lines.pareto.equal_kl import drawn_back
+from rewarded_lines.pareto.hypervolume import Array
 from rewarded_lines.progress import SILENT, Progress
 
 _DIGITS = 6
@@ -38,7 +40,7 @@ class KlBudget:
 
 
 def kl_budgets(
-    table: Table, budgets: Sequence[float], level: float = LEVEL, *, exact: bool = False, progress: Progress = SILENT
+    table: Table, budgets: Sequence[float], *, exact: bool = False, progress: Progress = SILENT
 ) -> list[KlBudget]:
     """Return the hypervolumes at each of `budgets`, in nats, in the order of the numbers.
 
@@ -56,8 +58,31 @@ def kl_budgets(
         fronts = {name: scores[:, :, rows] for name, rows in groups.items()}
         volumes = sample_volumes(fronts, {SFT: sft}, table.samples.drawn, exact=exact, progress=progress)
         beyond = [name for name, rows in groups.items() if measured[rows].min() > most]
-        found.append(KlBudget(most, method_volumes(volumes, level), compare(volumes, level), beyond))
+        found.append(KlBudget(most, method_volumes(volumes), compare(volumes), beyond))
     return found
+
+
+def drawn_back(means: ArrayLike, kl: ArrayLike, sft: ArrayLike, most: float) -> Array:
+    """Return mean scores of points with a KL of at most `most`, [..., points, rewards].
+
+    A point with a larger KL answers a prompt with probability t, chosen by lot, and the SFT model answers it else:
+
+        s(t) = s_SFT + t·(s − s_SFT),   KL(t) = t·KL,   t = min(1, most/KL)
+
+    Both are exact means of what this lot answers, so every such point can be reached with the measured model alone. A
+    merge with a shorter step may do better: near the SFT model its KL falls faster than its reward.
+
+    Args:
+        means: s, [..., points, rewards].
+        kl: mean KL to the SFT model, [..., points], in nats; one that noise makes negative is below any limit.
+        sft: s_SFT, [..., rewards].
+        most: the largest KL in nats, above 0.
+    """
+    scores, far, start = (np.asarray(one, dtype=np.float64) for one in (means, kl, sft))
+    share = np.divide(most, far, out=np.ones_like(far), where=far > most)[..., None]
+    origin = start[..., None, :]
+    # Points within the limit stay as they are, bit for bit.
+    return np.where(share < 1, origin + share * (scores - origin), scores)
 
 
 def families(table: Table) -> dict[str, list[int]]:

@@ -16,7 +16,7 @@ from rewarded_lines.references import located
 from rewarded_lines.reports.figures.depth_figure import run_depth_figure
 from rewarded_lines.reports.figures.figure_style import FORMATS, PAPER, check_style, figure_bytes, house_style
 from rewarded_lines.reports.figures.front_figures import forgetting_figure, front_figure, kl_figure
-from rewarded_lines.reports.figures.parallel_coordinates import parallel_figure
+from rewarded_lines.reports.figures.many_rewards import parallel_figure
 from rewarded_lines.reports.figures.simplex_figure import simplex_figure
 from rewarded_lines.reports.figures.training_curves import Training, read_trainings, training_figure
 from rewarded_lines.reports.page.page import lacking, page

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import groupby
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
@@ -43,7 +44,7 @@ class Sheet:
     def _widths(self) -> list[int]:
         """The least width of each column: headings fold between words, cells do not."""
         columns = zip(self.headings, *self.rows, strict=True)
-        return [max(*map(len, cells), *map(len, head.split() or [""])) for head, *cells in columns]
+        return [max(map(cell_len, [*cells, *head.split(), ""])) for head, *cells in columns]
 
     @property
     def _grouped(self) -> bool:
@@ -83,7 +84,7 @@ class Sheet:
 
     def _whole(self, columns: list[int]) -> int:
         """Return the width of a table whose headings are not folded."""
-        return self._room(columns) + sum(max(0, len(self.headings[one]) - self._widths[one]) for one in columns)
+        return self._room(columns) + sum(max(0, cell_len(self.headings[one]) - self._widths[one]) for one in columns)
 
     def _table(self, columns: list[int], rows: list[tuple[str, ...]], alone: bool = True, tight: bool = False) -> Table:
         """Return a table of some columns; with `alone=False`, one of several of equal widths.

@@ -15,9 +15,10 @@ import numpy as np
 
 from rewarded_lines.config import POLICIES, SFT
 from rewarded_lines.evaluator.missing_scores import Missing, missing_json
-from rewarded_lines.evaluator.paired_scores import SEED, Table, control_perplexities, distinct2, tabulate
+from rewarded_lines.evaluator.paired_scores import SEED, Table, control_perplexities, tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Run, mixtures_of, total_missing
+from rewarded_lines.evaluator.words import distinct2
 from rewarded_lines.merger.lines_schedule import mean_line
 from rewarded_lines.merger.preferences import Mixtures
 from rewarded_lines.merger.schedule_forms import FORMS, recorded_schedule
@@ -25,7 +26,7 @@ from rewarded_lines.merger.spec import MergeSpec
 from rewarded_lines.pareto.bootstrap import LEVEL, Estimate, estimate_samples
 from rewarded_lines.pareto.comparison import MethodVolume, VolumeDifference, compare, method_volumes, sample_volumes
 from rewarded_lines.progress import SILENT, Progress
-from rewarded_lines.reports.detectable import Detectable, detectable, read_wanted
+from rewarded_lines.reports.detectable import Detectable, detectable, read_size
 from rewarded_lines.reports.kl_budgets import KlBudget, kl_budgets
 
 
@@ -181,8 +182,6 @@ class Summary:
 
 def summarise(
     runs: Run | Sequence[Run],
-    seed: int = SEED,
-    level: float = LEVEL,
     *,
     resamples: int | None = None,
     exact: bool = False,
@@ -190,25 +189,24 @@ def summarise(
     max_kl: Sequence[float] = (),
     progress: Progress = SILENT,
 ) -> Summary:
-    """Return the numbers of a run, or averages over several runs, with intervals at `level`.
+    """Return the numbers of a run, or averages over several runs, with their intervals.
 
     Runs may be unfinished; only points that all of them have are compared.
 
     Args:
         runs: one, or several of one project.
-        seed: of the resamples.
         resamples: by default as many as the project asks for.
         exact: approximate no hypervolume, however long it takes; see `sample_volumes`.
-        power: also say how small a difference could be found, and what one needs; see `read_wanted`.
+        power: also say how small a difference could be found, and what one needs; see `read_size`.
         max_kl: also compare at equal KL, within each of so many nats; see `kl_budgets`.
 
     Raises:
         UserError: the points answer different prompts, a score is not finite, or `power` asks for what cannot be.
     """
-    wanted = read_wanted(power)
+    size_of = read_size(power)
     runs = [runs] if isinstance(runs, Run) else list(runs)
     first = runs[0]
-    table, policies = tabulate(runs, seed, resamples), list(first.header.get("policies", {}))
+    table, policies = tabulate(runs, resamples), list(first.header.get("policies", {}))
     references = table.references(first.header.get("sweep", {}).get("references", {}))
     volumes = sample_volumes(table.fronts(), references, table.samples.drawn, exact=exact, progress=progress)
     shares, exact_shares = table.contributions(exact)
@@ -222,32 +220,30 @@ def summarise(
         policies=policies,
         missing_points=len(first.header["points"]) - len(table.rows),
         resamples=len(table.samples.means) - 1,
-        seed=seed,
-        level=level,
+        seed=SEED,
+        level=LEVEL,
         generation=dict(first.header.get("generation", {})),
         tuned=first.header.get("tuned"),
         references={
             name: dict(zip(objectives, at[0].mean(axis=0).tolist(), strict=True)) for name, at in references.items()
         },
-        points=_points(table, shares, first, mixtures_of(first), seed, level),
-        hypervolumes=method_volumes(volumes, level),
-        differences=compare(volumes, level),
-        policy_gains=_policy_gains(table, policies, level),
+        points=_points(table, shares, first, mixtures_of(first)),
+        hypervolumes=method_volumes(volumes),
+        differences=compare(volumes),
+        policy_gains=_policy_gains(table, policies),
         missing=total_missing([point for row in table.rows for point in row]),
         exact_contributions=exact_shares,
-        power=detectable(table, volumes, runs, wanted, level),
-        kl_budgets=kl_budgets(table, max_kl, level, exact=exact, progress=progress),
+        power=detectable(table, volumes, runs, size_of),
+        kl_budgets=kl_budgets(table, max_kl, exact=exact, progress=progress),
     )
 
 
-def _points(
-    table: Table, shares: np.ndarray, run: Run, mixtures: Mixtures | None, seed: int, level: float
-) -> list[PointSummary]:
+def _points(table: Table, shares: np.ndarray, run: Run, mixtures: Mixtures | None) -> list[PointSummary]:
     means = table.means
-    controls = control_perplexities(table, run, seed)
+    controls = control_perplexities(table, run)
     points = []
     for index, row in enumerate(table.rows):
-        *scores, kl, words = (estimate_samples(column, level) for column in means[:, index].T)
+        *scores, kl, words = (estimate_samples(column) for column in means[:, index].T)
         spec = row[0].spec
         points.append(
             PointSummary(
@@ -260,8 +256,8 @@ def _points(
                 words=words,
                 ended=float(np.mean([np.mean(point.ended) for point in row])),
                 distinct2=float(np.mean([distinct2(point.judged) for point in row])),
-                perplexities={name: estimate_samples(at[:, index], level) for name, at in controls.items()},
-                forgetting={name: estimate_samples(at[:, index] / at[:, 0], level) for name, at in controls.items()},
+                perplexities={name: estimate_samples(at[:, index]) for name, at in controls.items()},
+                forgetting={name: estimate_samples(at[:, index] / at[:, 0]) for name, at in controls.items()},
                 contribution=float(shares[index]),
                 edit=spec.edit,
                 missing=total_missing(row),
@@ -278,13 +274,13 @@ def _average_merge(merges: Sequence[MergeSpec]) -> MergeSpec:
     return replace(merges[0], lines=tuple(mean_line([one.line(policy) for one in schedules]) for policy in policies))
 
 
-def _policy_gains(table: Table, policies: Sequence[str], level: float) -> list[PolicyGain]:
+def _policy_gains(table: Table, policies: Sequence[str]) -> list[PolicyGain]:
     gains = []
     for index, policy in enumerate(policies):
         place = next((place for place, row in enumerate(table.rows) if is_policy(row[0].spec, index)), None)
         if place is not None:
             change = table.change(place, 0)
-            scores = {name: estimate_samples(change[:, k], level) for k, name in enumerate(table.rewards)}
+            scores = {name: estimate_samples(change[:, k]) for k, name in enumerate(table.rewards)}
             gains.append(PolicyGain(policy, scores))
     return gains
 

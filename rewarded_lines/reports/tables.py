@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from rewarded_lines.config import SFT
 from rewarded_lines.reports import texts
-from rewarded_lines.reports.kl_table import kl_difference_sheet, kl_sheet
-from rewarded_lines.reports.power_table import power_sheet
+from rewarded_lines.reports.requested_tables import kl_difference_sheet, kl_sheet, power_sheet
 from rewarded_lines.reports.sheet import Sheet
 from rewarded_lines.reports.summary import Summary
 

@@ -134,21 +134,25 @@ def bracketed(estimates: Sequence[Estimate]) -> list[str]:
 
     Numbers that six decimals cannot show, such as volumes of eight rewards, have two significant digits.
     """
-    tiny = [0 < one.high - one.low < 2 * 10.0**-_MOST_DECIMALS for one in estimates]
-    places = _decimals([one for one, small in zip(estimates, tiny, strict=True) if not small])
+    places = _decimals([one for one in estimates if not _is_tiny(one)])
     return [
         f"{one.value:.2g} [{one.low:.2g}, {one.high:.2g}]"
-        if small
+        if _is_tiny(one)
         else "{} [{}, {}]".format(*(_fixed(value, places) for value in (one.value, one.low, one.high)))
-        for one, small in zip(estimates, tiny, strict=True)
+        for one in estimates
     ]
 
 
 def plus_minus(estimates: Iterable[Estimate]) -> list[str]:
-    """Return `value ±half the interval's width` for a column, all with the same decimals."""
+    """Return `value ±half the interval's width` for a column, all with the same decimals; tiny ones as `bracketed`."""
     column = list(estimates)
-    places = _decimals(column)
-    return [f"{_fixed(e.value, places)} ±{(e.high - e.low) / 2:.{places}f}" for e in column]
+    places = _decimals([one for one in column if not _is_tiny(one)])
+    return [
+        f"{one.value:.3g} ±{(one.high - one.low) / 2:.2g}"
+        if _is_tiny(one)
+        else f"{_fixed(one.value, places)} ±{(one.high - one.low) / 2:.{places}f}"
+        for one in column
+    ]
 
 
 def two_digits(value: float) -> str:
@@ -232,7 +236,18 @@ def _fixed(value: float, places: int) -> str:
 
 def _decimals(estimates: Iterable[Estimate]) -> int:
     """Return the decimals at which the median half-width of a column shows two digits."""
-    widths = sorted((e.high - e.low) / 2 for e in estimates if e.high > e.low)
+    widths = sorted(width / 2 for one in estimates if (width := _width(one)))
     if not widths:
         return 2
     return min(_MOST_DECIMALS, max(0, 1 - math.floor(math.log10(widths[len(widths) // 2]))))
+
+
+def _width(estimate: Estimate) -> float:
+    """Return the width of an interval; 0 if it is only rounding, as of the mean of a score that is 0.1 everywhere."""
+    width = estimate.high - estimate.low
+    return width if width > 1e-9 * max(abs(estimate.low), abs(estimate.high)) else 0.0
+
+
+def _is_tiny(estimate: Estimate) -> bool:
+    """Return whether six decimals show nothing of an interval's width."""
+    return 0 < _width(estimate) < 2 * 10.0**-_MOST_DECIMALS

@@ -107,9 +107,11 @@ def rewriting(send: Send, change: Callable[[Any], Any]) -> Send:
             if not message.get("more_body", False):
                 status, body = started[0]["status"], b"".join(parts)
                 # Rows with matched norms take time.
-                await respond(
-                    send, status, await asyncio.to_thread(change, json.loads(body)) if status == 200 else body
-                )
+                content = await asyncio.to_thread(change, json.loads(body)) if status == 200 else body
+                # Such as those by which pages of other origins may read the answer.
+                headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in started[0]["headers"]}
+                more = {key: value for key, value in headers.items() if not key.startswith("content-")}
+                await respond(send, status, content, more=more)
 
     return changed
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import blake3
-import yaml
 
 from rewarded_lines.checkpoints.adapters import names_adapter
 from rewarded_lines.checkpoints.reader import read_json_object
@@ -20,6 +19,7 @@ from rewarded_lines.merger.open_inputs import plan_as
 from rewarded_lines.merger.record import RECORD_FILE, read_record
 from rewarded_lines.progress import Progress
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project, with_places
+from rewarded_lines.yaml_files import yaml_text
 
 # Of the project, what a server reads.
 _READ = ("base", "policies", "mixtures", "tokenizer", "config_from", "generation", "engine", "sweep")
@@ -100,5 +100,5 @@ def _with_policies(project: Project, policies: Mapping[str, str], path: Path) ->
     kept |= {"policies": policies, **project.carried}
     kept["tokenizer"] = moved("model", kept["tokenizer"])
     with atomic_file(path) as partial:
-        partial.write_text(yaml.safe_dump(dict(kept), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.write_text(yaml_text(dict(kept)), encoding="utf-8")
     return load_project(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import names_adapter
@@ -20,17 +19,7 @@ from rewarded_lines.serving.preference_names import STEP, Menu
 
 
 def menu_of_adapters(base: str, policies: Mapping[str, str], step: float = STEP, **how: Any) -> Menu:
-    """Return the menu of LoRA adapters over a base: `soup`, `lines`, and the other weighted sums.
-
-    Args:
-        base: folder or Hub id.
-        policies: likewise, by name, in the order of the weights.
-        step: see `Menu`.
-        how: see `Menu`.
-
-    Raises:
-        UserError: the step is not one.
-    """
+    """Return the menu of LoRA adapters over a base: `soup`, `lines`, and the other weighted sums; see `Menu`."""
     return Menu(base, policies, linear_rows(len(policies)), step=step, how=how)
 
 
@@ -83,16 +72,14 @@ def _served(spec: MethodSpec, adapters: bool) -> bool:
 
 
 def _row(methods: Methods, name: str, spec: MethodSpec) -> Row:
-    at = partial(_merge_at, methods, name)
+    def at(weights: tuple[float, ...]) -> MergeSpec:
+        return methods.at(name, weights).merge
+
     if spec.match is not None:
         # To match norms, all weights are read: not before a request asks for that.
         return Row(at, spec.merge, f"{name} (norm of {spec.match})", own=True, matched=True)
     middle = at(methods.weights(2)[0])
     return Row(at, middle.method, _label(name, middle), own=bool(middle.lines))
-
-
-def _merge_at(methods: Methods, name: str, weights: tuple[float, ...]) -> MergeSpec:
-    return methods.at(name, weights).merge
 
 
 def _label(name: str, merge: MergeSpec) -> str:

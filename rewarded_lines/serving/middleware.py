@@ -1,6 +1,8 @@
 """The ASGI middleware that vLLM's server gets by `--middleware`: preferences in requests, their list, the page.
 
-It stands before all else, so it asks for the key itself before it looks into a request.
+It stands before all else, so it asks for the key itself before it looks into a request. The page loads nothing from
+elsewhere, so it works offline. It shows texts of models as text alone; the policy in its headers also refuses any other
+script.
 """
 
 from __future__ import annotations
@@ -9,12 +11,14 @@ import asyncio
 import atexit
 import json
 import os
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from importlib.resources import files
 from typing import Any
 
 from rewarded_lines.errors import Problem
-from rewarded_lines.serving.chat_page import page_file
-from rewarded_lines.serving.front_desk import FrontDesk
+from rewarded_lines.reports import page as report_page
+from rewarded_lines.serving.front_desk import FrontDesk, open_desk
 from rewarded_lines.serving.http_messages import (
     App,
     Message,
@@ -33,7 +37,6 @@ from rewarded_lines.serving.http_messages import (
     rewriting,
     with_body,
 )
-from rewarded_lines.serving.open_desk import open_desk
 from rewarded_lines.serving.preference_names import PreferenceError
 from rewarded_lines.serving.served_settings import MOST_BYTES, ServedSettings, settings_given
 
@@ -45,6 +48,25 @@ _GENERATE = (
     *("/inference/v1/generate", "/generative_scoring"),
 )
 _OWN_FIELDS = ("preference", "row")
+# The colours are those of the report.
+_PALETTE = "palette.css"
+# Every path that is answered. A request's path is only looked up here, so it can open no other file.
+_PAGE: Mapping[str, tuple[str, str]] = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    **{
+        f"/page/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
+        for name in ("chat", "stream", "weights", "preference", "front_chart", "page_parts")
+    },
+    **{f"/page/{name}": (name, "text/css; charset=utf-8") for name in ("chat.css", _PALETTE)},
+}
+_PAGE_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        *("script-src 'self'", "style-src 'self'", "connect-src 'self'"),
+        *("img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+    )
+)
+_PAGE_HEADERS: Mapping[str, str] = {"content-security-policy": _PAGE_POLICY, "referrer-policy": "no-referrer"}
 
 
 class PreferenceMiddleware:
@@ -172,6 +194,20 @@ class PreferenceMiddleware:
         except TooLong:
             what = f"the request is longer than {self._most} bytes"
             raise PreferenceError(Problem(what, remedy="the server's --max-body"), 413) from None
+
+
+def page_file(path: str) -> tuple[bytes, str, Mapping[str, str]] | None:
+    """Return the content, its type and headers of a file of the page; None if the path is not the page's.
+
+    Args:
+        path: the path of the request, such as `/` or `/page/chat.js`.
+    """
+    found = _PAGE.get(path)
+    if found is None:
+        return None
+    name, kind = found
+    folder = files(report_page) if name == _PALETTE else files(__package__).joinpath("page")
+    return folder.joinpath(name).read_bytes(), kind, _PAGE_HEADERS
 
 
 def _object_in(scope: Scope, body: bytes) -> dict[str, Any] | None:

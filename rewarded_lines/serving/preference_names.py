@@ -137,8 +137,11 @@ class Menu:
         """Return a name that one can ask for."""
         share = self.steps // len(self.names) / self.steps
         rest = round(1 - share * (len(self.names) - 1), 12)
-        weights = ",".join(f"{name}={share if index else rest:g}" for index, name in enumerate(self.names))
-        return f"{row or self.row}@{weights}"
+        shares = [rest, *[share] * (len(self.names) - 1)]
+        # Names with the signs of a weight could not be read.
+        plain = any(sign in name for name in self.names for sign in ",;=")
+        weights = (f"{one:g}" if plain else f"{name}={one:g}" for name, one in zip(self.names, shares, strict=True))
+        return f"{row or self.row}@{','.join(weights)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the menu for JSON."""

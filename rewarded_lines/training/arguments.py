@@ -23,8 +23,8 @@ from transformers import HfArgumentParser
 
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.processes import die_with_parent, termination_as_exit
-from rewarded_lines.projects import read_yaml
 from rewarded_lines.training.refused_keys import check_trackers, check_trainer, unknown_recipe_key
+from rewarded_lines.yaml_files import read_yaml
 
 WHERE = "arguments of the recipe"
 _GRACE_SECONDS = 5.0

@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from rewarded_lines.errors import Problem, UserError
 from rewarded_lines.projects import unknown_key
+from rewarded_lines.versions import noted, pip
 
 _LENGTH = ("max_length", "max_prompt_tokens")
 _RESPONSE = ("max_completion_length", "response_length", "max_response_tokens")
@@ -134,7 +135,7 @@ def check_trackers(arguments: Iterable[Any]) -> None:
     present, problems = ["all", "none", *get_available_reporting_integrations()], []
     for name in (name for part in arguments for name in getattr(part, "report_to", None) or []):
         if name not in present and name in INTEGRATION_TO_CALLBACK:
-            remedy = f"pip install {name}, or set `report_to: none`"
+            remedy = noted(pip(f"install {name}"), "or set `report_to: none`")
             problems.append(Problem(f"`{name}` is not installed", where="report_to", remedy=remedy))
         elif name not in present:
             known = ", ".join([*INTEGRATION_TO_CALLBACK, "none"])

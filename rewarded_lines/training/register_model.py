@@ -11,11 +11,11 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from yaml import YAMLError as PlainYAMLError
-from yaml import safe_load
 
 from rewarded_lines.errors import fail
 from rewarded_lines.folders import locked, write_bytes
 from rewarded_lines.projects import check_project, load_project
+from rewarded_lines.yaml_files import yaml_value
 
 
 def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[str]:
@@ -40,7 +40,7 @@ def register(project_file: str, entries: Mapping[tuple[str, ...], Any]) -> list[
         if made:
             text = StringIO()
             yaml.dump(content, text)
-            check_project(safe_load(text.getvalue()), path)
+            check_project(yaml_value(text.getvalue()), path)
             # If the name is a link, its target is written.
             write_bytes(path.resolve(), text.getvalue().encode())
         return [f"{project_file}: {change}" for change in made]
@@ -75,7 +75,7 @@ def _at(content: Any, keys: tuple[str, ...]) -> Any:
 def _quoted(value: Any) -> Any:
     """Quote a text that a YAML 1.1 reader takes for another type: `on` is true there."""
     try:
-        plain = not isinstance(value, str) or safe_load(value) == value
+        plain = not isinstance(value, str) or yaml_value(value) == value
     except PlainYAMLError:
         plain = False
     return value if plain else DoubleQuotedScalarString(value)

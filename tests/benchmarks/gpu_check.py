@@ -153,7 +153,7 @@ def _outcome(process: subprocess.Popen[bytes], limit: float) -> str:
 def card() -> str:
     """Return the name and memory of the first GPU that the driver lists."""
     sys.path.insert(0, str(ROOT))
-    from rewarded_lines.doctor import graphics_cards
+    from rewarded_lines.processes import graphics_cards
 
     return (graphics_cards() or ["none"])[0]
 

@@ -11,7 +11,7 @@ def quick(cli, monkeypatch):
 
     monkeypatch.setattr(module, "app", typer.main.get_command(module.app))
     # No power fails here, and flushing is most of the remaining time.
-    monkeypatch.setattr("rewarded_lines.folders.sync_folder", lambda folder: None)
+    monkeypatch.setattr("rewarded_lines.folders._sync", lambda path: None)
     return cli
 
 

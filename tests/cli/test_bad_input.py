@@ -1,9 +1,13 @@
 """Mistakes of users: one clear message, exit code 1, nothing written, no input touched."""
 
+import errno
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
+from command import COMMAND, ENVIRONMENT
 from tiny_models import make_model, save_model, snapshot
 
 
@@ -226,3 +230,29 @@ def test_demo_settings(refused, tiny, args, said):
     (tiny.parent / "far/own.yaml").write_text(text.replace("rewards.py:", f"../{tiny.name}/rewards.py:"))
     (tiny.parent / "own.yaml").write_text(f"extends: {tiny.name}/rewarded-lines.yaml\n")
     assert said in refused("demo", *args)
+
+
+def test_a_full_disk_is_told_with_where_to_look(cli, monkeypatch):
+    def full(content):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr("rewarded_lines.cli.recipes_command.show_json", full)
+    answer = cli("recipes", "--json")
+    assert answer.code == 1 and "quota exceeded" in answer.err and "remedy: rewarded-lines doctor" in answer.err
+
+
+def test_a_name_is_printed_as_it_is(cli):
+    """rich would make a flame of `:fire:`."""
+    assert "nowhere/a:fire:b.yaml" in cli("merge", "--config", "nowhere/a:fire:b.yaml").err
+
+
+def test_closed_streams_lead_nowhere(tiny):
+    """`nohup … >&-`: the command had no stdout, and the first file that it opened was in its place."""
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *COMMAND, "merge", "--lam", "0.5"]
+    assert subprocess.run(closed, env=ENVIRONMENT, cwd=tiny).returncode == 0
+    assert (tiny / "merged" / "lam=0.50" / "model.safetensors").is_file()
+
+
+def test_a_project_file_with_another_ending_is_named(refused, tiny):
+    (tiny / "rewarded-lines.yaml").rename(tiny / "rewarded-lines.yml")
+    assert "did you mean `rewarded-lines.yml`?" in refused("merge", "--lam", "0.5")

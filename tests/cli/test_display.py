@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from command import COMMAND, ENVIRONMENT
 from rich.console import Console
 
-from rewarded_lines.cli import display, main
+from rewarded_lines.cli import display, main, rounds_command
 from rewarded_lines.cli.display import Work, progress_bar, show_json
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -95,6 +96,14 @@ def test_bytes_are_shown_as_sizes(clock):
     clock.now = 2
     work.advance(1_000_000_000, "model.norm.weight")
     assert "1.0 GB/4.0 GB 500.0 MB/s 0:00:06 left" in shown(work)[0]
+
+
+def test_a_name_in_brackets_is_no_markup():
+    """rich would drop "[words]", and end the command at "[/x]"."""
+    scores = {"length[words]": {"value": 1.0, "low": 0.5, "high": 1.5}}
+    one = SimpleNamespace(number=1, scores=scores, seconds=2.0, merged="rounds/[/x]")
+    text = " ".join(shown(rounds_command._table([one])))
+    assert "length[words]" in text and "rounds/[/x]" in text
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

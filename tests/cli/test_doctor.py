@@ -16,6 +16,7 @@ from command import COMMAND, ENVIRONMENT
 
 from rewarded_lines import doctor as doctor_module
 from rewarded_lines import processes, versions
+from rewarded_lines.checkpoints import known_hashes
 from rewarded_lines.processes import attempt
 
 MADE_BY_MAKE = Path(sys.prefix) == Path(__file__).parents[2] / ".venv"
@@ -137,6 +138,17 @@ def test_a_pattern_is_missing_if_no_file_fits_it(tmp_path):
     assert finding.state == "broken" and "b-*.jsonl" in finding.found and "a-*.jsonl" not in finding.found
 
 
+def test_a_user_without_a_home_has_caches_too(monkeypatch):
+    """Containers may run under a number that no list of users has."""
+
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert all(one.state == "ok" for one in doctor_module._caches())
+    assert known_hashes._in_cache(lambda table: table) is None
+
+
 @pytest.mark.slow
 def test_here_all_that_is_needed_works(tiny):
     done = doctor(tiny, COLUMNS="80")
@@ -176,6 +188,17 @@ def test_a_gpu_and_the_build_of_torch(quick, monkeypatch, version, hidden, state
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     finding = quick()[1]["GPU"]
     assert finding["state"] == state and found in finding["found"]
+
+
+def test_a_driver_that_fails_is_told_with_its_words(quick, monkeypatch, tmp_path):
+    """As after an update of the driver, until the next start."""
+    said = "Failed to initialize NVML: Driver/library version mismatch"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{said}'\nexit 18\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    finding = quick()[1]["GPU"]
+    assert finding["state"] == "warning" and said in finding["found"]
+    assert "reboot" in finding["remedy"]
 
 
 @pytest.mark.parametrize("environment", [".venv", "another"])

@@ -140,7 +140,3 @@ def test_without_matplotlib_the_extra_is_named_before_the_work(cli, tiny, monkey
 def test_mistakes_are_told_in_one_message(cli, tiny, args, expected):
     answer = cli("inspect", *args)
     assert answer.code == 1 and answer.out == "" and re.search(expected, answer.err)
-
-
-def test_help_has_examples(cli):
-    assert "rewarded-lines inspect ppo-helpful --base sft --plot depth.pdf" in cli("inspect", "--help").out

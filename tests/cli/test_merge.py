@@ -31,10 +31,3 @@ def test_weights_are_equal_by_default_for_any_number_of_policies(cli, tiny):
     assert json.loads((tiny / "out/merge.json").read_text())["weights"] == dict.fromkeys("abc", 1 / 3)
     said = cli("merge", "--base", "sft", *three, "--lam", "0.4", "--method", "task-arithmetic").err
     assert "1 weights for 3 policies" in said and "leave it out for equal weights" in said
-
-
-def test_version_and_help(cli):
-    assert cli("--version").out.startswith("rewarded-lines 0.")
-    for command in ("merge", "sweep", "report", "inspect", "demo"):
-        answer = cli(command, "--help")
-        assert answer.code == 0 and f"rewarded-lines {command}" in answer.out

@@ -16,7 +16,7 @@ from rewarded_lines import inspect
 from rewarded_lines.kernels import thread_pool
 from rewarded_lines.merger import compare_policies
 from rewarded_lines.merger.compare_policies import RANKS
-from rewarded_lines.reports.comparison_texts import implications
+from rewarded_lines.reports.comparison_tables import implications
 
 SHAPES = {
     "model.embed_tokens.weight": (30, 8),

@@ -27,16 +27,16 @@ def fronts(seed: int, points: int = 5, prompts: int = 60, gain: float = 0.0) -> 
 def test_differences_by_hand() -> None:
     volumes = sample_volumes({"soup": boxes(2, 2, 3), "lines": boxes(3, 1, 4)}, ORIGIN)
     assert volumes["lines"]["origin"].values == pytest.approx([9, 1, 16])
-    (found,) = compare(volumes, level=0.5)
+    (found,) = compare(volumes)
     assert (found.method, found.other, found.reference) == ("lines", "soup", "origin")
-    assert found.difference == estimate_samples([5.0, -3.0, 7.0], 0.5)
+    assert found.difference == estimate_samples([5.0, -3.0, 7.0])
     assert found.share_positive == 0.5
     assert found.relative == 1.25
-    first, second = method_volumes(volumes, level=0.5)
+    first, second = method_volumes(volumes)
     assert (first.method, first.reference, first.hypervolume) == (
         "soup",
         "origin",
-        estimate_samples([4.0, 4.0, 9.0], 0.5),
+        estimate_samples([4.0, 4.0, 9.0]),
     )
     assert second.hypervolume.value == pytest.approx(9)
 

@@ -1,4 +1,4 @@
-"""Methods at equal KL: hypervolumes by hand, families by the shape of the step, tables, the command."""
+"""Methods at equal KL: the lot, hypervolumes by hand, families by the shape of the step, tables, the command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rewarded_lines.evaluator.records import Point, Run
 from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.methods import MOD
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.reports.kl_budgets import families
+from rewarded_lines.reports.kl_budgets import drawn_back, families
 from rewarded_lines.reports.summary import Summary, summarise
 from rewarded_lines.reports.tables import markdown, sheets
 
@@ -59,6 +59,30 @@ def make(rows: list[tuple[str, MergeSpec, tuple[float, float], float]]) -> Run:
 
 def found(summary: Summary) -> dict[tuple[str, float], float]:
     return {(row.method, one.max_kl): row.hypervolume.value for one in summary.kl_budgets for row in one.hypervolumes}
+
+
+def test_points_drawn_back_by_hand() -> None:
+    # A quarter of the way, as it is, and one whose KL noise has made negative.
+    found = drawn_back([[3.0, 18.0], [2.0, 12.0], [1.5, 11.0]], [8.0, 2.0, -0.1], [1.0, 10.0], 2.0)
+    assert found.tolist() == [[1.5, 12.0], [2.0, 12.0], [1.5, 11.0]]
+
+
+def test_the_mean_of_the_lot_is_what_is_said() -> None:
+    rng = np.random.default_rng(0)
+    prompts, kl = 200_000, 8.0
+    policy, start = rng.normal(3.0, 1.0, prompts), rng.normal(1.0, 1.0, prompts)
+    answered = rng.random(prompts) < 2.0 / kl
+    (found,) = drawn_back([[3.0]], [kl], [1.0], 2.0)
+    assert np.where(answered, policy, start).mean() == pytest.approx(found[0], abs=0.01)
+    assert np.where(answered, kl, 0.0).mean() == pytest.approx(2.0, abs=0.02)
+
+
+def test_each_sample_and_run_for_itself() -> None:
+    rng = np.random.default_rng(1)
+    means, kl, sft = rng.normal(size=(5, 3, 4, 2)), rng.uniform(0, 9, size=(5, 3, 4)), rng.normal(size=(5, 3, 2))
+    found = drawn_back(means, kl, sft, 4.0)
+    for at in np.ndindex(5, 3):
+        assert (found[at] == drawn_back(means[at], kl[at], sft[at], 4.0)).all()
 
 
 def test_hypervolumes_by_hand() -> None:
@@ -130,10 +154,10 @@ def test_families_share_the_shape_of_the_step() -> None:
 
 
 def test_tables_and_json_have_them_only_if_asked(make_run: Callable[..., Path], cli: Callable[..., Any]) -> None:
-    folder = make_run(resamples=100)
-    without = json.loads(cli("report", folder, "--json").out)
+    folder = make_run(points=3, prompts=16, resamples=100)
+    without = json.loads(cli("report", folder, "--json", "--format", "svg").out)
     assert "kl_budgets" not in without and "equal KL" not in (folder / "report/table.md").read_text()
-    answer = cli("report", folder, "--json", "--max-kl", "4,2")
+    answer = cli("report", folder, "--json", "--format", "svg", "--max-kl", "4,2")
     content = json.loads(answer.out)
     assert {**content, "kl_budgets": None} == {**without, "kl_budgets": None}
     assert [one["max_kl"] for one in content["kl_budgets"]] == [2, 4]

@@ -18,9 +18,9 @@ from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator.paired_scores import tabulate
 from rewarded_lines.evaluator.records import load_run, read_point, write_point
 from rewarded_lines.pareto.hypervolume import hypervolumes
-from rewarded_lines.pareto.power import factor
+from rewarded_lines.pareto.power import FACTOR
 from rewarded_lines.reports.detectable import Detectable
-from rewarded_lines.reports.power_table import found_sentence, power_sheet
+from rewarded_lines.reports.requested_tables import found_sentence, power_sheet
 from rewarded_lines.reports.summary import Summary, summarise
 from rewarded_lines.reports.tables import markdown
 
@@ -48,7 +48,7 @@ def test_the_error_is_that_of_the_paired_bootstrap(one_run: Path) -> None:
     assert found.difference.value == found.size == change[0]
     # As of a mean of 64 prompts: the bootstrap's own is √(63/64) of it.
     assert found.standard_error == pytest.approx(change[1:].std(ddof=1) * np.sqrt(64 / 63))
-    assert found.least.value == pytest.approx(factor() * found.standard_error) == found.least.high
+    assert found.least.value == pytest.approx(FACTOR * found.standard_error) == found.least.high
     assert found.prompts_needed == np.ceil(64 * (found.least.value / found.size) ** 2) and found.runs_needed is None
 
 

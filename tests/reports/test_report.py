@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,20 +134,3 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run folder"):
         report(tmp_path)
     assert not (tmp_path / "report").exists()
-
-
-def test_json_is_all_that_stands_on_stdout(make_run: MakeRun, app: typer.Typer) -> None:
-    run = make_run(points=3, resamples=100)
-    result = CliRunner().invoke(app, [str(run), "--json", "--format", "png"])
-    assert json.loads(result.stdout) == json.loads((run / "report" / "summary.json").read_text(encoding="utf-8"))
-
-
-def test_help_has_examples(app: typer.Typer) -> None:
-    result = CliRunner().invoke(app, ["--help"])
-    assert "rewarded-lines report runs/demo/sweep" in result.output
-
-
-def test_the_command_loads_nothing_heavy_until_called() -> None:
-    code = "import sys, rewarded_lines.cli.report_command; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"matplotlib", "numpy", "pyarrow", "moocore"} & set(done.stdout.split())

@@ -168,12 +168,12 @@ def test_the_same_run_twice(seeds: Callable[..., list[Path]]) -> None:
 def test_the_command(seeds: Callable[..., list[Path]], cli: Callable) -> None:
     pytest.importorskip("matplotlib")
     folders = seeds(0.0, 0.2)
-    answer = cli("report", *folders)
+    answer = cli("report", *folders, "--format", "svg")
     assert answer.code == 0, answer.err
     # On whatever lines they come to stand.
     assert "2 training runs and 64 prompts" in " ".join(answer.out.split())
     assert (folders[0] / "report/front.svg").is_file() and not (folders[1] / "report").exists()
-    told = json.loads(cli("report", *folders, "--json", "--format", "png").out)
+    told = json.loads(cli("report", *folders, "--json", "--format", "svg").out)
     assert told == json.loads(json.dumps(summary_of(folders).as_dict())) and told["runs"] == 2
     edit(folders[1], lambda header: header["rewards"].pop("positive"))
     answer = cli("report", *folders)

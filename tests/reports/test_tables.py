@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from rewarded_lines.evaluator.points import PointSpec
@@ -135,10 +136,18 @@ def test_csv_tells_a_reward_from_the_column_that_has_its_name(summary: Summary) 
         (Estimate(123.4, 100.0, 150.0), "123 [100, 150]"),
         (Estimate(-0.0004, -0.3, 0.3), "0.00 [-0.30, 0.30]"),
         (Estimate(0.5, 0.5, 0.5), "0.50 [0.50, 0.50]"),
+        # Means of 12.3 everywhere, which differ in their last bits.
+        (Estimate(12.3, 12.299999999999997, 12.300000000000002), "12.30 [12.30, 12.30]"),
     ],
 )
 def test_decimals_follow_the_interval(estimate: Estimate, expected: str) -> None:
     assert interval_text(estimate) == expected
+
+
+def test_tiny_means_are_shown(summary: Summary) -> None:
+    """As probabilities of whole answers; of six decimals, all were 0."""
+    points = [replace(one, rewards=one.rewards | {"positive": Estimate(3e-9, 1e-9, 5e-9)}) for one in summary.points]
+    assert sheets(replace(summary, points=points))[0].rows[0][2] == "3e-09 ±2e-09"
 
 
 def test_notes_say_what_the_numbers_are(summary: Summary) -> None:
@@ -264,6 +273,17 @@ def test_the_figure_of_policies_alone(make_run: MakeRun) -> None:
         figure = front_figure(summarise(replace(run, points=[run.sft, single])))
         assert {text.get_text() for text in figure.axes[0].texts} == {"cheerful", "SFT"}
         assert figure_bytes(figure, "svg")
+
+
+@pytest.mark.parametrize("width", [50, 60, 72])
+def test_wide_letters_cost_no_digit(width: int) -> None:
+    """A Chinese letter takes two columns; counted as one, "100.0%" was cut to "1"."""
+    rows = [(f"方法{one}号的名字", "0.50", "-1.23 [-2.34, -0.12]", "12.34 ±1.23", "100.0%") for one in "一二"]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(Sheet("点", ("方法", "λ", "有用性 [分数]", "无害性 [对数几率]", "结束"), rows, labels=2))
+    text = console.export_text()
+    assert text.count("100.0%") == text.count("-1.23 [-2.34, -0.12]") == 2 and text.count("12.34 ±1.23") == 2
+    assert max(map(cell_len, text.splitlines())) <= width
 
 
 @pytest.mark.parametrize("width", [73, 74, 80])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from real_browser import PATIENCE
 
-from rewarded_lines.serving.chat_page import page_file
+from rewarded_lines.serving.middleware import page_file
 
 ROWS = [{"name": "soup", "label": "Rewarded Soups"}, {"name": "lines", "label": "LiNeS"}]
 # As a model could write it: marks of HTML, letters of several bytes, lines.
@@ -305,6 +305,6 @@ def test_narrow_windows_and_dark_mode(opening: Any, pictures: Any, scheme: str) 
     page.screenshot(path=pictures / f"chat-{scheme}.png", full_page=True)
 
 
-@pytest.mark.parametrize("path", ["/page/", "/page/../chat_page.py", "/page/chat.js/", "/index.html", "//", ""])
+@pytest.mark.parametrize("path", ["/page/", "/page/../middleware.py", "/page/chat.js/", "/index.html", "//", ""])
 def test_no_other_path_is_a_file_of_the_page(path: str) -> None:
     assert page_file(path) is None

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.merger.spec import MergeSpec
-from rewarded_lines.serving.http_messages import hashed
+from rewarded_lines.serving.http_messages import hashed, rewriting
 from rewarded_lines.serving.middleware import PreferenceMiddleware
 from rewarded_lines.serving.served_settings import ServedSettings
 
@@ -228,3 +228,23 @@ def test_a_server_opens_its_desk_before_it_answers(tiny, capfd):
         told = client.get("/preferences").json()
     assert (told["model"], told["mode"], told["current"]) == ("lines@0.25", "whole", {"first": 0.25, "second": 0.75})
     assert capfd.readouterr().out == "it answers\n"
+
+
+def test_a_list_of_models_keeps_the_headers_of_the_engine():
+    """A page of another origin may read it only with those of `allowed_origins`."""
+
+    async def check():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        answer = rewriting(send, lambda content: {**content, "more": 1})
+        headers = [(b"access-control-allow-origin", b"*"), (b"content-length", b"2")]
+        await answer({"type": "http.response.start", "status": 200, "headers": headers})
+        await answer({"type": "http.response.body", "body": b"{}"})
+        return dict(sent[0]["headers"]), sent[1]["body"]
+
+    headers, body = asyncio.run(check())
+    assert headers[b"access-control-allow-origin"] == b"*" and body == b'{"more": 1}'
+    assert headers[b"content-length"] == str(len(body)).encode()

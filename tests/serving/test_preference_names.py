@@ -163,3 +163,8 @@ def test_a_project_serves_the_curves_of_its_sweep(tiny):
     for name in ("even@0.2;alpha=1", "listed@0.2;beta=0"):
         with pytest.raises(PreferenceError, match="expected: no keys"):
             menu.spec(name)
+
+
+def test_the_example_can_be_asked_for_whatever_the_policies_are_called():
+    menu = Menu("sft", {"kind, brief": "a", "b=c;d": "b"}, linear_rows(2))
+    assert menu.canonical(menu.example()) == menu.name_for({"kind, brief": 0.5, "b=c;d": 0.5}) == "lines@0.5"

@@ -34,8 +34,15 @@ _GREY_LINES = ("-", "-", "--", "-.", ":", "--", "-.", ":", "-", "--")
 # Widths in inches: of a page's text, and of a figure with one plane.
 WIDE = 7.0
 PLANE = 4.6
-# Applied over every style: the salt makes SVG files repeatable, and TeX cannot set λ and α.
-_FIXED: dict[str, Any] = {"svg.hashsalt": "rewarded-lines", "text.usetex": False}
+# Applied over every style: the salt makes SVG files repeatable, TeX cannot set λ and α, and a "$" in the name or the
+# unit of a reward is no formula.
+_FIXED: dict[str, Any] = {"svg.hashsalt": "rewarded-lines", "text.usetex": False, "text.parse_math": False}
+
+# Fonts with Chinese, Japanese and Korean letters. matplotlib's own has none, and would draw empty boxes.
+_EAST_ASIAN = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("Droid Sans Fallback", "Arial Unicode MS"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,9 @@ def house_style(style: str = PAPER) -> Iterator[None]:
     """
     require("report", "figures", "matplotlib")
     from cycler import cycler
+    from matplotlib import rcParams
     from matplotlib import style as styles
+    from matplotlib.font_manager import fontManager
 
     check_style(style)
     colours, lines = (_GREYS, _GREY_LINES) if style == "grey" else (COLOURS, _LINES)
@@ -90,6 +99,9 @@ def house_style(style: str = PAPER) -> Iterator[None]:
     over: dict[str, Any] = {PAPER: {}, "grey": {"image.cmap": "gray"}, "slides": _SLIDES}
     own = over[style] if style in STYLES else _read_style(Path(style))
     with styles.context(["default", _PAPER, palette, own, _FIXED]):
+        # For letters that the style's own fonts lack.
+        installed = [font for font in _EAST_ASIAN if font in fontManager.get_font_names()]
+        rcParams["font.family"] = [*rcParams["font.family"], *installed[:1]]
         yield
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from rewarded_lines.config import SFT
 from rewarded_lines.reports.figures.figure_style import PLANE, WIDE, blank_figure, columns_of, settled
 from rewarded_lines.reports.figures.label_placement import shorten
+from rewarded_lines.reports.figures.many_rewards import draw_strips
 from rewarded_lines.reports.figures.plane_figure import (
     FEW,
     KL,
@@ -25,7 +26,6 @@ from rewarded_lines.reports.figures.plane_figure import (
     sft_volumes,
     tint,
 )
-from rewarded_lines.reports.figures.strips_figure import draw_strips
 from rewarded_lines.reports.summary import Summary
 from rewarded_lines.reports.texts import interval_text, reference_text, volume_unit
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rewarded_lines.errors import UserError
+from rewarded_lines.reports.figures import figure_style
 from rewarded_lines.reports.figures.figure_style import (
     COLOURS,
     MARKERS,
@@ -17,6 +18,7 @@ from rewarded_lines.reports.figures.figure_style import (
     blank_figure,
     check_style,
     columns_of,
+    figure_bytes,
     house_style,
     looks,
 )
@@ -150,3 +152,13 @@ def test_styles_can_be_checked_without_matplotlib(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(("count", "expected"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 3)), (7, (3, 3))])
 def test_grids_of_panels(count: int, expected: tuple[int, int]) -> None:
     assert columns_of(count, 3) == expected
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_the_usual_font_lacks_are_drawn_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the names of rewards in Chinese; here with a letter that only a font of matplotlib's own has."""
+    monkeypatch.setattr(figure_style, "_EAST_ASIAN", ("No Such Font", "STIXGeneral"))
+    with house_style():
+        figure = blank_figure(1, 1)
+        figure.text(0, 0, "\N{SCRIPT SMALL G}")
+        assert figure_bytes(figure, "png")

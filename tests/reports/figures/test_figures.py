@@ -77,6 +77,14 @@ def test_long_names_fit(make_summary: MakeSummary, check_layout: Callable[[Any],
         check_layout(figure)
 
 
+def test_a_dollar_is_no_formula(make_summary: MakeSummary) -> None:
+    """matplotlib would draw "cost [$] × [$]" without its dollars, and refuse "$_$"."""
+    summary = renamed(make_summary(points=3, rewards=2), " $_$", " <$_$>")
+    _, front = next(figures(replace(summary, rewards=dict.fromkeys(summary.rewards, "$"))))
+    text = figure_bytes(front, "svg").decode()
+    assert "positive $_$ [$]" in text and "[$ × $]" in text and "cheerful &lt;$_$&gt;" in text
+
+
 @pytest.mark.slow
 def test_every_figure_has_the_same_bytes_each_time(make_summary: MakeSummary) -> None:
     summary = make_summary(points=3, rewards=2, policies=3, control=1.0)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from rewarded_lines.reports.figures.figure_style import COLOURS
-from rewarded_lines.reports.figures.parallel_coordinates import parallel_figure
+from rewarded_lines.reports.figures.many_rewards import parallel_figure
 from rewarded_lines.reports.summary import Summary
 
 MakeSummary = Callable[..., Summary]
