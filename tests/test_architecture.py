@@ -46,7 +46,7 @@ GROUND = [
 ]
 # The files of merger/, highest first, too.
 MERGER = [
-    *("mergekit", "merge", "merge_outputs", "model_card", "input_cards", "greedy_soup", "inspect", "inspection"),
+    *("mergekit", "merge", "merge_outputs", "model_card", "input_cards", "greedy_soup", "inspect"),
     *("compare_policies", "record", "open_inputs", "low_rank_plan", "adapter_plan", "adapter_settings"),
     *("lora_stacking", "model_plan", "merge_device", "plan", "carried_files"),
     *("mergekit_methods", "mergekit_file", "mergekit_gradients", "preferences", "merge_options", "spec"),

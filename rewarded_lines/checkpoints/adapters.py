@@ -34,7 +34,7 @@ from rewarded_lines.checkpoints.reader import (
 )
 from rewarded_lines.checkpoints.target_parameters import parts_in, targets_of
 from rewarded_lines.checkpoints.tensor_names import without_compilers
-from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.errors import Problem, UserError, fail, few
 
 ADAPTER_FILE = "adapter_model.safetensors"
 # PEFT puts this before the names of the model's modules.
@@ -207,8 +207,7 @@ class Adapter(TensorFiles):
             if (what := refuse_rows(rows))
         ]
         if problems:
-            more = [Problem(f"{len(problems) - _SHOWN} more modules likewise")] if len(problems) > _SHOWN else []
-            raise UserError(problems[:_SHOWN] + more)
+            raise UserError(few(problems, str(path), _SHOWN, "more modules likewise"))
         return modules
 
 

@@ -16,18 +16,13 @@ Found = TypeVar("Found")
 LARGE = 64 << 20
 # A file system may give two writes the same time. A file that was written just now is not trusted yet.
 _SETTLED_NS = 2_000_000_000
+# Of a file as a whole the name is "".
 _TABLE = (
-    "CREATE TABLE IF NOT EXISTS hashes (device INTEGER, inode INTEGER, size INTEGER, modified INTEGER, "
-    "changed INTEGER, hash TEXT, PRIMARY KEY (device, inode, size, modified, changed)) WITHOUT ROWID"
+    "CREATE TABLE IF NOT EXISTS digests (device INTEGER, inode INTEGER, size INTEGER, modified INTEGER, "
+    "changed INTEGER, name TEXT, digest BLOB, PRIMARY KEY (device, inode, size, modified, changed, name)) WITHOUT ROWID"
 )
-_TENSORS_TABLE = (
-    "CREATE TABLE IF NOT EXISTS tensors (device INTEGER, inode INTEGER, size INTEGER, modified INTEGER, "
-    "changed INTEGER, name TEXT, hash BLOB, PRIMARY KEY (device, inode, size, modified, changed, name)) WITHOUT ROWID"
-)
-_FIND_TENSORS = "SELECT name, hash FROM tensors WHERE (device, inode, size, modified, changed) = (?, ?, ?, ?, ?)"
-_KEEP_TENSORS = "INSERT OR REPLACE INTO tensors VALUES (?, ?, ?, ?, ?, ?, ?)"
-_FIND = "SELECT hash FROM hashes WHERE (device, inode, size, modified, changed) = (?, ?, ?, ?, ?)"
-_KEEP = "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?, ?, ?)"
+_FIND = "SELECT name, digest FROM digests WHERE (device, inode, size, modified, changed) = (?, ?, ?, ?, ?)"
+_KEEP = "INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
@@ -74,28 +69,29 @@ class KnownHashes:
 
     def get(self, state: FileState) -> str | None:
         """Return the hash of a file in this state, if it is known."""
-        if state not in self._here and self._trusts_cache and state.size >= LARGE:
-            if found := _in_cache(lambda table: table.execute(_FIND, state.numbers).fetchone()):
-                self._here[state] = found[0]
+        if state not in self._here and (found := self._cached(state).get("")):
+            self._here[state] = found.hex()
         return self._here.get(state)
 
     def keep(self, state: FileState, digest: str) -> None:
         """Keep the hash of a file, with its state before it was read."""
         self._here[state] = digest
-        if state.size >= LARGE and state.settled:
-            _in_cache(lambda table: table.execute(_KEEP, (*state.numbers, digest)))
+        self.keep_tensors(state, {"": bytes.fromhex(digest)})
 
     def tensors(self, state: FileState) -> dict[str, bytes]:
         """Return the digests of a large file's tensors that are known, by name."""
-        if not self._trusts_cache or state.size < LARGE:
-            return {}
-        return dict(_in_cache(lambda table: table.execute(_FIND_TENSORS, state.numbers).fetchall()) or ())
+        return {name: digest for name, digest in self._cached(state).items() if name}
 
     def keep_tensors(self, state: FileState, digests: Mapping[str, bytes]) -> None:
         """Keep digests of a file's tensors, with its state before they were read."""
         rows = [(*state.numbers, name, digest) for name, digest in digests.items()]
         if rows and state.size >= LARGE and state.settled:
-            _in_cache(lambda table: table.executemany(_KEEP_TENSORS, rows))
+            _in_cache(lambda table: table.executemany(_KEEP, rows))
+
+    def _cached(self, state: FileState) -> dict[str, bytes]:
+        if not self._trusts_cache or state.size < LARGE:
+            return {}
+        return dict(_in_cache(lambda table: table.execute(_FIND, state.numbers).fetchall()) or ())
 
     def trust(self, trusted: bool) -> None:
         """Unless what is known is `trusted`, hash every file again in this process."""
@@ -112,6 +108,5 @@ def _in_cache(work: Callable[[sqlite3.Connection], Found]) -> Found | None:
         folder.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(folder / "hashes.sqlite", timeout=1)) as table, table:
             table.execute(_TABLE)
-            table.execute(_TENSORS_TABLE)
             return work(table)
     return None

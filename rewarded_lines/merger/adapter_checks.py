@@ -14,19 +14,18 @@ from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.low_rank import LowRank
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.checkpoints.target_parameters import outermost_first
-from rewarded_lines.errors import Problem
+from rewarded_lines.errors import Problem, few
 from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.adapter_origins import compare_origin, notes_on_origins, same_bases
 from rewarded_lines.merger.config_checks import REMEDY, resize
 from rewarded_lines.merger.lora_folding import Base, is_transposed, stored_parts, stored_shape
-from rewarded_lines.merger.model_checks import few, is_head, some, with_head
+from rewarded_lines.merger.model_checks import is_head, some, with_head
 from rewarded_lines.merger.tied_layers import stored_name, unsettled
 
 KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does"
 # Earlier ones took [experts, out, in] for [experts, in, out].
 _FIRST_FOR_EXPERTS = (0, 19)
 _SHOWN = 6
-_LONGEST = 200
 _OTHER_NAMES = (
     f"{REMEDY}; if transformers names layers differently from the checkpoint (LLaVA, Gemma 3, Qwen2-VL), give as "
     "base a folder with only its config.json"

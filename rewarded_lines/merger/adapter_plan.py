@@ -37,8 +37,6 @@ from rewarded_lines.progress import SILENT, Progress
 # bfloat16 has the range of float32, so a power of two up to this one only shifts a usual weight's exponent.
 _PLAIN_EXPONENT = 32
 _OUTPUTS_KEPT = 64
-# PEFT loads one file.
-_ONE_FILE = 1 << 62
 
 
 class AdapterPlan(Plan):
@@ -154,7 +152,7 @@ class AdapterPlan(Plan):
             files = []
             for folder, output in zip(folders, outputs, strict=True):
                 tensors = output.tensors(self.whole.base.tensors)
-                file = CheckpointWriter(folder, tensors, _ONE_FILE, ADAPTER_FILE, together=len(folders))
+                file = CheckpointWriter(folder, tensors, single_file=ADAPTER_FILE, together=len(folders))
                 files.append((stack.enter_context(file), output))
             writer = AdapterWriter(self.policies, self.modules, self.whole, files, progress)
             writer.write()

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from rewarded_lines.checkpoints.adapters import Adapter
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import Checkpoint
 from rewarded_lines.kernels.blocks import blocks_of
-from rewarded_lines.merger.config_checks import of_text
 from rewarded_lines.merger.lora_folding import Base
 from rewarded_lines.merger.tied_layers import same_values, stored_name
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from rewarded_lines.checkpoints.adapters import Adapter
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo
@@ -50,7 +51,7 @@ def is_tied(base: Checkpoint) -> bool:
     names = _architectures(base)
     if names and not any(name.endswith(_LANGUAGE_MODELS + _OTHER_TIED_MODELS) for name in names):
         return False
-    return base.config.get("tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
+    return of_text(base.config, "tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
 
 
 def same_values(first: TensorFiles, one: TensorInfo, second: TensorFiles, other: TensorInfo) -> bool:
@@ -126,7 +127,7 @@ def _pair(base: Checkpoint, changing: Iterable[Adapter]) -> tuple[str, str] | No
     head = _head(base)
     # Some files have the tensor under the head's name only.
     embeddings = next(filter(is_embedding, [*base.tensors, *changed]), None)
-    if head is None or embeddings is None or _ties(base) is False:
+    if head is None or embeddings is None or of_text(base.config, "tie_word_embeddings") is False:
         return None
     own, stored = base.tensors.get(head), base.tensors.get(embeddings)
     if own and stored and not same_values(base, own, base, stored):
@@ -151,13 +152,6 @@ def _name_both(source: Checkpoint, head: str, embeddings: str) -> None:
 def _architectures(base: Checkpoint) -> list[str]:
     names = base.config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-
-def _ties(base: Checkpoint) -> object:
-    """Return what the config says of tied embeddings; vision-language models say it in `text_config`, too."""
-    text = base.config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    return base.config.get("tie_word_embeddings", inner)
 
 
 def _untie(base: Checkpoint) -> None:

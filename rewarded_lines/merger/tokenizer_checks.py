@@ -104,11 +104,11 @@ def _compared(first: TokenizerFiles, second: TokenizerFiles) -> Differences:
     vocabulary = list(islice(_other_ids(first, second, apart), SHOWN))
     if vocabulary:
         return Differences(vocabulary)
-    behaviour, form = _compare_merges(first, second)
+    behaviour = _compare_merges(first, second)
     if not (first.fast and second.fast):
         whole = first.file.name == second.file.name and not first.pieces
         unsure = [] if whole else [_unsure(first, second)]
-        return Differences((), behaviour, form, unsure, extra, missing)
+        return Differences((), behaviour, (), unsure, extra, missing)
     around = None if first.around == second.around else " … ".join(map(" ".join, second.around))
     written = [f"model.{key}" for key in _keys(first.settings, second.settings)]
     flags = {name: one for name, one in _compare_flags(first.added, second.added).items() if name not in apart}
@@ -116,7 +116,7 @@ def _compared(first: TokenizerFiles, second: TokenizerFiles) -> Differences:
     if not behaviour and (written or parts or any(flags.values())):
         every = "model.ignore_merges" in written
         behaviour = list(islice(_probed(first, second, [name for name, changed in flags.items() if changed], every), 1))
-    form += [*written, *parts, *(["added_tokens"] if flags else [])]
+    form = [*written, *parts, *(["added_tokens"] if flags else [])]
     return Differences((), behaviour, form, (), extra, missing, around)
 
 
@@ -143,19 +143,19 @@ def _place(number: int | None) -> str:
     return "no token" if number is None else f"token {number}"
 
 
-def _compare_merges(first: TokenizerFiles, second: TokenizerFiles) -> tuple[list[str], list[str]]:
+def _compare_merges(first: TokenizerFiles, second: TokenizerFiles) -> list[str]:
     """Return differences in the merges and in the scores."""
     if len(first.scores) != len(second.scores):
-        return ["only one of them has scores (Unigram)"], []
+        return ["only one of them has scores (Unigram)"]
     close = (math.isclose(one, two, rel_tol=_SCORE) for one, two in zip(first.scores, second.scores, strict=True))
     if not all(close):
-        return ["the scores of tokens (Unigram) differ"], []
+        return ["the scores of tokens (Unigram) differ"]
     if first.merges is None or second.merges is None or list(first.merges) == list(second.merges):
-        return [], []
+        return []
     pairs = enumerate(zip_longest(first.merges, second.merges, fillvalue=()))
     rank, (one, two) = next((rank, pair) for rank, pair in pairs if pair[0] != pair[1])
     ours, theirs = (" + ".join(map(shown, pair)) or "none" for pair in (one, two))
-    return [f"merge {rank} is {ours}, here {theirs}"], []
+    return [f"merge {rank} is {ours}, here {theirs}"]
 
 
 def _keys(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

@@ -196,8 +196,8 @@ def test_a_base_of_zeros_has_no_relative_norm(tmp_path):
 def test_a_merged_folder_says_what_made_it(tiny):
     merge("sft", ["first", "second"], 0.25, alpha=0.5, beta=0.75, method="ties", options={"density": 0.5}, out="merged")
     origin = inspect("merged").origin
-    options = {"density": "0.5", "scope": "model", "join": "mean"}
-    assert origin.policies == ("first", "second")
+    options = {"density": 0.5, "scope": "model", "join": "mean"}
+    assert list(origin.policies) == ["first", "second"]
     assert origin.merge == MergeSpec((0.25, 0.75), 0.5, 0.75, "ties", options)
     assert inspect("first").origin is None
 
@@ -218,7 +218,7 @@ def test_the_merge_is_the_base_and_its_scaled_residual(tiny):
 
 def test_all_faults_of_a_wrong_base_are_told_together(tmp_path):
     other = values(1) | {"model.norm.weight": torch.ones(9)}
-    del other["lm_head.weight"]
+    del other["model.embed_tokens.weight"]
     base, policy = write(tmp_path / "base", other), write(tmp_path / "policy", values(0))
     with pytest.raises(UserError) as refused:
         inspect(policy, base)

@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rewarded_lines.merger.inspection import Inspection, Level
+from rewarded_lines.merger.inspect import Inspection, Level
 from rewarded_lines.merger.lines_schedule import Line, Schedule, lines_scale
 from rewarded_lines.merger.methods import MOD
 from rewarded_lines.reports.figures.figure_style import WIDE, blank_figure, legend_above, looks, number_blocks, settled
