@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from rewarded_lines import inspect, merge
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import UserError
-from rewarded_lines.kernels import thread_pool as pool
 from rewarded_lines.kernels.blocks import BLOCK
 from rewarded_lines.merger.spec import MergeSpec
 
@@ -37,17 +36,6 @@ def write(folder, tensors, config=CONFIG):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def write_shards(folder, tensors):
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    places = {name: f"model-{index % 3}.safetensors" for index, name in enumerate(reversed(tensors))}
-    for file in set(places.values()):
-        save_file({name: tensors[name] for name, place in places.items() if place == file}, folder / file)
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -113,18 +101,6 @@ def test_types_are_widened_exactly(tmp_path, dtype):
     expected = norm(*(policy[name].double() - base[name].double() for name in SHAPES))
     assert found.total.residual.norm == pytest.approx(expected, rel=1e-14)
     assert found.total.dtypes == (str(dtype).removeprefix("torch."),)
-
-
-def test_the_same_bits_for_any_sharding_and_any_threads(pair, tmp_path, monkeypatch):
-    base_folder, policy_folder, base, policy = pair
-    found = inspect(policy_folder, base_folder)
-    shards = write_shards(tmp_path / "base3", base), write_shards(tmp_path / "policy3", policy)
-    residuals = {one.name: one.residual for one in found.tensors}
-    for threads in (1, 5):
-        monkeypatch.setattr(pool, "cores", lambda threads=threads: threads)
-        again = inspect(shards[1], shards[0])
-        assert {one.name: one.residual for one in again.tensors} == residuals
-        assert again.total == found.total
 
 
 def test_without_a_base_no_value_is_read(pair, monkeypatch):
