@@ -4,9 +4,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from inspect import isfunction
 from pathlib import Path
 
@@ -142,6 +144,20 @@ def test_files_and_functions_are_short():
     functions = (node for tree in files().values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     long_functions = [one.name for one in functions if one.end_lineno - one.lineno >= LONGEST_FUNCTION]
     assert (long_files, long_functions) == ([], [])
+
+
+def test_what_is_imported_is_declared():
+    """A package that another brings may go away with it; these three are parts of a declared one's own interface."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    declared = {re.match(r"[\w.-]+", one)[0].lower().replace("_", "-") for one in wanted}
+    known, found = packages_distributions(), set()
+    for node in (node for tree in files().values() for node in ast.walk(tree)):
+        modules = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+        found |= {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
+    others = {one for one in found if not declared & {name.lower().replace("_", "-") for name in known.get(one, [one])}}
+    assert len(found) > 20 and others <= {"rewarded_lines", "recipes", "pydantic_core", "cycler", "referencing"}
 
 
 def test_heavy_libraries_wait_until_they_are_needed(tiny):

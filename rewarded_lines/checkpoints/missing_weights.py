@@ -74,5 +74,6 @@ def _remedies(folder: Path) -> Iterator[str]:
         yield f"join DeepSpeed's shards: python {where} --safe_serialization; {also}"
     if shards := sorted(path.parent for path in folder.glob("pytorch_model_fsdp*/*.distcp")):
         yield f"join FSDP's shards: accelerate merge-weights {shlex.join([str(shards[0]), joined])}; {also}"
-    if any(folder.glob("*.gguf")):
-        yield "GGUF is for inference: give the checkpoint that it was made from"
+    for kind in ("gguf", "onnx"):
+        if any(folder.glob(f"*.{kind}")):
+            yield f"{kind.upper()} is for inference: give the checkpoint that it was made from"

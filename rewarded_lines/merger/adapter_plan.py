@@ -172,7 +172,8 @@ class AdapterPlan(Plan):
 
     @cached_property
     def _hashes(self) -> list[str]:
-        return [file_hash(adapter.files[0]) for adapter in self.adapters]
+        # The last file has the settings.
+        return ["".join(map(file_hash, adapter.files[:-1])) for adapter in self.adapters]
 
     def _stack(self, name: str, spec: MergeSpec, copied: int | None) -> Stack:
         modules, factors = self.modules[name], []

@@ -45,6 +45,7 @@ def test_a_folder_of_the_hubs_cache(tiny):
         (["model-00001-of-00002.safetensors"], "copy model.safetensors.index.json there"),
         (["zero_to_fp32.py", "global_step9/zero_pp_rank_0.pt"], "some/zero_to_fp32.py some some-joined --safe_ser"),
         (["model-Q4_K_M.gguf"], "GGUF is for inference"),
+        (["model.onnx"], "ONNX is for inference"),
         (["pytorch_model.bin", "training_args.bin"], "got: pytorch_model.bin\n(?s:.)*from_pretrained"),
         (["model_world_size_2_rank_0.pt"], "convert it with the tool that wrote it"),
         (["training_args.bin", "optimizer.pt", "rng_state_0.pth", "scheduler.pt"], "no weights there"),
