@@ -276,7 +276,7 @@ def _adapter_files(folder: Path) -> list[Path]:
         return [folder / ADAPTER_FILE]
     shards = sorted(folder.glob(_SHARDS))
     if not shards:
-        raise no_weights(folder, ADAPTER_FILE, "adapter ", "peft import AutoPeftModelForCausalLM")
+        raise no_weights(folder, ADAPTER_FILE, "adapter ")
     count = shards[0].stem.rpartition("-")[2]
     if count != f"{len(shards):05d}":
         what, got = "shards of the adapter are missing", ", ".join(path.name for path in shards[:_SHOWN])

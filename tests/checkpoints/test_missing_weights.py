@@ -1,13 +1,16 @@
 """Folders without weights that can be read: what the error says, and that what it says works."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed.checkpoint as distributed
 from safetensors.torch import load_file
 from tiny_adapters import save_adapter
+from transformers import LlamaForSequenceClassification
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
@@ -54,6 +57,23 @@ def test_a_folder_of_the_hubs_cache(tiny):
 def test_what_lies_there_instead(tiny, files, said):
     found = refused("some", *files)
     assert pytest.raises(UserError, merge, "sft", ["some"], 1, out="out").match(said), found
+
+
+def test_pickled_weights_are_converted_by_their_own_class(tiny):
+    """A reward model loaded as a causal one would lose its head without a word."""
+    model = LlamaForSequenceClassification.from_pretrained("sft", num_labels=1)
+    model.config.architectures = ["LlamaForSequenceClassification"]
+    for name in ("base", "one"):
+        model.config.save_pretrained(name)
+        torch.save(model.state_dict(), f"{name}/pytorch_model.bin")
+        said = refused(name)
+        command = shlex.split(said.partition("convert it by python -c ")[2])[0]
+        exec(compile(command, "remedy", "exec"), {})  # noqa: S102
+    merge("base-safetensors", ["one-safetensors"], 1, out="merged", beta=0)
+    assert load_file("merged/model.safetensors")["score.weight"].equal(model.score.weight)
+    (tiny / "lora").mkdir()
+    Path("lora/adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "SEQ_CLS"}')
+    assert "AutoPeftModelForSequenceClassification" in refused("lora", "adapter_model.bin")
 
 
 @pytest.mark.slow
