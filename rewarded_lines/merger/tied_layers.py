@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from rewarded_lines.checkpoints.adapters import Adapter
-from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo
@@ -51,7 +50,7 @@ def is_tied(base: Checkpoint) -> bool:
     names = _architectures(base)
     if names and not any(name.endswith(_LANGUAGE_MODELS + _OTHER_TIED_MODELS) for name in names):
         return False
-    return of_text(base.config, "tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
+    return base.config.get("tie_word_embeddings") is True or not any(head in base.tensors for head in TIED_HEADS)
 
 
 def same_values(first: TensorFiles, one: TensorInfo, second: TensorFiles, other: TensorInfo) -> bool:
@@ -127,7 +126,7 @@ def _pair(base: Checkpoint, changing: Iterable[Adapter]) -> tuple[str, str] | No
     head = _head(base)
     # Some files have the tensor under the head's name only.
     embeddings = next(filter(is_embedding, [*base.tensors, *changed]), None)
-    if head is None or embeddings is None or of_text(base.config, "tie_word_embeddings") is False:
+    if head is None or embeddings is None or _ties(base) is False:
         return None
     own, stored = base.tensors.get(head), base.tensors.get(embeddings)
     if own and stored and not same_values(base, own, base, stored):
@@ -152,6 +151,16 @@ def _name_both(source: Checkpoint, head: str, embeddings: str) -> None:
 def _architectures(base: Checkpoint) -> list[str]:
     names = base.config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _ties(base: Checkpoint) -> bool | None:
+    """Return whether the config ties head and embeddings, None if it does not say.
+
+    Earlier versions of transformers said so in the `text_config` of LLaVA and Qwen2.5-VL, and false beside it.
+    """
+    sections = [base.config, base.config.get("text_config")]
+    said = [one.get("tie_word_embeddings") for one in sections if isinstance(one, Mapping)]
+    return True if True in said else False if False in said else None
 
 
 def _untie(base: Checkpoint) -> None:
