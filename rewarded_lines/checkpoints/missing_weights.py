@@ -35,6 +35,7 @@ def no_weights(folder: Path, expected: str, kind: str = "") -> UserError:
         convert = "by " + _CONVERT.format(load=_import(folder), folder=folder)
         if not all(map(_LOADED.fullmatch, pickled)):
             convert = "with the tool that wrote it, into what save_pretrained writes"
+        convert += "; and copy the tokenizer's files there"
         return fail(
             "pickled weights are never opened: loading a pickle runs code from it",
             where=str(folder),
