@@ -53,8 +53,8 @@ MERGER = [
     *("lora_stacking", "model_plan", "merge_device", "plan", "carried_files"),
     *("mergekit_methods", "mergekit_file", "mergekit_gradients", "preferences", "merge_options", "spec"),
     *("methods", "method_row", "merge_rules", "schedule_forms", "lines_schedule"),
-    *("adapter_checks", "adapter_origins", "added_tokens", "input_names", "model_checks", "config_checks"),
-    *("tied_layers", "lora_folding", "carried_settings", "tokenizer_checks"),
+    *("adapter_checks", "adapter_origins", "input_names", "model_checks", "config_checks"),
+    *("tied_embeddings", "lora_folding", "carried_settings", "tokenizer_checks"),
 ]
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 

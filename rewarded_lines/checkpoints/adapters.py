@@ -14,25 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.adapter_config import (
-    ADAPTER_CONFIG,
-    MERGE_IN_PEFT,
-    match_patterns,
-    read_adapter_config,
-)
+from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG, MERGE_IN_PEFT, match_patterns, read_adapter_config
 from rewarded_lines.checkpoints.conversions import ROOTS, WRAPPERS
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
-from rewarded_lines.checkpoints.low_rank import EMPTY, NO_MATRICES, LowRank, TokenRows, refuse_pair, refuse_rows
-from rewarded_lines.checkpoints.missing_weights import UNGATHERED, no_weights
-from rewarded_lines.checkpoints.reader import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorFiles,
-    read_json_object,
-    resolve_folder,
+from rewarded_lines.checkpoints.low_rank import (
+    REMEDIES,
+    LowRank,
+    TokenRows,
+    parts_in,
+    refuse_pair,
+    refuse_rows,
+    targets_of,
 )
-from rewarded_lines.checkpoints.target_parameters import parts_in, targets_of
+from rewarded_lines.checkpoints.missing_weights import no_weights
+from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, TensorFiles, read_json_object, resolve_folder
 from rewarded_lines.checkpoints.tensor_names import without_compilers
 from rewarded_lines.errors import Problem, UserError, fail, few
 
@@ -51,7 +47,6 @@ _TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler\.\w+)$")
 _WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|original_module)\.")
 _SHOWN = 3
 _AGAIN = "copy or download the adapter again"
-_REMEDIES = {NO_MATRICES: MERGE_IN_PEFT, EMPTY: UNGATHERED}
 
 
 class Adapter(TensorFiles):
@@ -73,7 +68,6 @@ class Adapter(TensorFiles):
         self.name = name or str(folder)
         self.config = read_adapter_config(folder)
         files = _adapter_files(folder)
-        path = files[0]
         super().__init__(files)
         # The settings are an input, too.
         self.files = [*files, folder / ADAPTER_CONFIG]
@@ -83,10 +77,10 @@ class Adapter(TensorFiles):
         self.enlarged: dict[str, TensorInfo] = {}
         self.before = 0
         self.own_names: dict[str, str] = {}
-        pairs = self._sort_out(path)
-        self.modules: dict[str, LowRank] = self._pair_up(pairs, path)
+        pairs = self._sort_out(files[0])
+        self.modules: dict[str, LowRank] = self._pair_up(pairs, files[0])
         if not (self.modules or self.saved or self.rows):
-            raise damaged(path, "no LoRA tensors in it")
+            raise damaged(files[0], "no LoRA tensors in it")
 
     def targets(self) -> list[str]:
         """Return the tensors of a checkpoint that the adapter changes or repeats."""
@@ -189,7 +183,7 @@ class Adapter(TensorFiles):
             name, bare = targets[module]
             rank = int(ranks[name])
             if what := refuse_pair(factors, rank, bare):
-                remedy = next((said for kind, said in _REMEDIES.items() if kind in what), _AGAIN)
+                remedy = next((said for kind, said in REMEDIES.items() if kind in what), _AGAIN)
                 problems.append(Problem(what, f"{path}: {module}", remedy=remedy))
                 continue
             a, b = (factors[name] for name in sorted(factors))

@@ -11,16 +11,15 @@ from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.low_rank import LowRank
+from rewarded_lines.checkpoints.low_rank import LowRank, outermost_first
 from rewarded_lines.checkpoints.reader import Checkpoint
-from rewarded_lines.checkpoints.target_parameters import outermost_first
 from rewarded_lines.errors import Problem, few
 from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.adapter_origins import compare_origin, notes_on_origins, same_bases
 from rewarded_lines.merger.config_checks import REMEDY, resize
 from rewarded_lines.merger.lora_folding import Base, is_transposed, stored_parts, stored_shape
 from rewarded_lines.merger.model_checks import is_head, some, with_head
-from rewarded_lines.merger.tied_layers import stored_name, unsettled
+from rewarded_lines.merger.tied_embeddings import stored_name, unsettled
 
 KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does"
 # Earlier ones took [experts, out, in] for [experts, in, out].

@@ -24,7 +24,7 @@ from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.config_checks import REMEDY
 from rewarded_lines.merger.lora_folding import Base
 from rewarded_lines.merger.model_checks import compare_hashes, is_head, recorded_base
-from rewarded_lines.merger.tied_layers import is_embedding
+from rewarded_lines.merger.tied_embeddings import is_embedding
 
 _LONGEST = 200
 # What names of copies of one model add: other types of number, and the vendor once more.

@@ -18,9 +18,8 @@ from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import BF16, F16, F32, DType, widest
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.low_rank import LowRank
+from rewarded_lines.checkpoints.low_rank import LowRank, paths_of
 from rewarded_lines.checkpoints.reader import Checkpoint
-from rewarded_lines.checkpoints.target_parameters import paths_of
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.folders import write_json

@@ -13,7 +13,6 @@ from rewarded_lines.checkpoints.tensor_depth import Depths, with_declared_blocks
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
-from rewarded_lines.merger.added_tokens import enlarge
 from rewarded_lines.merger.carried_files import choose_files
 from rewarded_lines.merger.carried_settings import AUTO
 from rewarded_lines.merger.input_names import depths_of, under_base_names
@@ -23,7 +22,7 @@ from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import DTYPES, Plan, choose
-from rewarded_lines.merger.tied_layers import changed_tensors, name_apart, settle
+from rewarded_lines.merger.tied_embeddings import changed_tensors, enlarge, name_apart, settle
 
 KINDS = ("auto", "full", "adapter")
 _RANK = "pass --as full, or --rank 64 for the nearest adapter of that rank"
