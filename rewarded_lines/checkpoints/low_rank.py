@@ -161,6 +161,9 @@ def parts_in(base: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...
         experts, out, columns = shapes[name]
         for row in rows:
             firsts = [named.get(part.replace("*", "0"), "") for part in row]
+            if _FIRST.sub(f".experts.{experts}.", firsts[0]) in base:
+                # A wrong rank in the settings gives another number of experts.
+                continue
             parts = [_FIRST.sub(f".experts.{expert}.", first) for expert in range(experts) for first in firsts]
             held = [base[part].shape for part in parts if part in base]
             sizes = [sum(shape[0] for shape in held[k : k + len(row)]) for k in range(0, len(held), len(row))]

@@ -99,7 +99,13 @@ def _is_there(base: Checkpoint, module: LowRank) -> bool:
 
 def _fit_module(base: Checkpoint, adapter: Adapter, module: LowRank, where: str) -> Problem | None:
     if not _is_there(base, module):
-        return Problem(f"{module.module} is not in the base", where, got=module.tensor, remedy=REMEDY)
+        what, remedy = f"{module.module} is not in the base", REMEDY
+        if module.experts > 1:
+            what += f", with {module.experts} experts, as A and the rank {module.rank} give them"
+            remedy += (
+                f"; or correct r and rank_pattern in {ADAPTER_CONFIG}"
+            )
+        return Problem(what, where, got=module.tensor, remedy=remedy)
     where = f"{where}: {module.tensor}"
     stored = stored_name(base, module.tensor)
     names = list(stored_parts(module, base)) if stored is None else [stored]
