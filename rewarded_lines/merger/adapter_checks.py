@@ -102,9 +102,7 @@ def _fit_module(base: Checkpoint, adapter: Adapter, module: LowRank, where: str)
         what, remedy = f"{module.module} is not in the base", REMEDY
         if module.experts > 1:
             what += f", with {module.experts} experts, as A and the rank {module.rank} give them"
-            remedy += (
-                f"; or correct r and rank_pattern in {ADAPTER_CONFIG}"
-            )
+            remedy += f"; or correct r and rank_pattern in {ADAPTER_CONFIG}"
         return Problem(what, where, got=module.tensor, remedy=remedy)
     where = f"{where}: {module.tensor}"
     stored = stored_name(base, module.tensor)
