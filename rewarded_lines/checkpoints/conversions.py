@@ -109,6 +109,7 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     ("^patch_merge_mlp.linear_2", "multi_modal_projector.merge_linear_2"),
     ("^vision_embedder", "embed_vision"),
     ("embed_vision.multimodal_embedder", "embed_vision"),
+    ("patchifier", "patch_embed"),
     ("mm_projector.proj.0", "mm_projector.in_proj"),
     ("mm_projector.proj.2", "mm_projector.out_proj"),
     ("^perceive", "patch_merger"),
