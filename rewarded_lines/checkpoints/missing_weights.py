@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rewarded_lines.errors import UserError, fail
@@ -19,6 +19,7 @@ _CONVERT = "python -c \"from {load} as M; M.from_pretrained('{folder}').save_pre
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 # By the task of an adapter, the end of PEFT's class that loads it with its base.
 _TASKS = {"SEQ_CLS": "SequenceClassification", "SEQ_2_SEQ_LM": "Seq2SeqLM", "TOKEN_CLS": "TokenClassification"}
+_ENGINES = {".gguf": "GGUF", ".onnx": "ONNX", "openvino_model.xml": "OpenVINO"}
 _SHOWN = 3
 UNGATHERED = (
     "DeepSpeed's ZeRO-3 leaves tensors empty if it does not gather them: save again with "
@@ -54,6 +55,13 @@ def model_class(folder: Path) -> str:
     name = str(names[0]).removeprefix("FSDP") if isinstance(names, list) and names else ""
     # A class of its own is found by `auto_map`.
     return name if name.isidentifier() and "auto_map" not in config else "AutoModelForCausalLM"
+
+
+def for_inference(files: Iterable[Path]) -> str:
+    """Return the remedy for files of engines that only run a model, or ""."""
+    kinds = (kind for file in files for end, kind in _ENGINES.items() if file.name.endswith(end))
+    kind = next(kinds, "")
+    return kind and f"{kind} is for inference: give the checkpoint that it was made from"
 
 
 def _import(folder: Path) -> str:
@@ -92,6 +100,5 @@ def _remedies(folder: Path) -> Iterator[str]:
         yield f"join DeepSpeed's shards: python {where} --safe_serialization; {also}"
     if shards := sorted(path.parent for path in folder.glob("pytorch_model_fsdp*/*.distcp")):
         yield f"join FSDP's shards: accelerate merge-weights {shlex.join([str(shards[0]), joined])}; {also}"
-    for kind in ("gguf", "onnx"):
-        if any(folder.glob(f"*.{kind}")):
-            yield f"{kind.upper()} is for inference: give the checkpoint that it was made from"
+    if said := for_inference([*folder.iterdir(), *folder.glob("onnx/*")]):
+        yield said

@@ -40,8 +40,9 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
     for name, adapter in adapters.items():
         where = f"policy `{name}` ({adapter.folder})"
         found = [*_fit(base, adapter, where), *compare_origin(base, reference, adapter, where)]
-        if folded and isinstance(base, Checkpoint):
-            found += _fold(base, adapter, where)
+        if folded and isinstance(base, Checkpoint) and (tied := unsettled(base, adapter)):
+            what = "the adapter changes one of several layers that are one tensor in the base"
+            found.append(Problem(what, where, got=some(tied), remedy=KEEP_APART))
         problems += few(found, where, _SHOWN)
     return problems + few([*_agree(adapters, folded), *same_bases(adapters)], "policies", _SHOWN)
 
@@ -193,13 +194,6 @@ def _fit_copy(base: Checkpoint, adapter: Adapter, name: str, info: TensorInfo, w
         return None
     what = "the adapter's copy of a base tensor differs from the base's"
     return Problem(what, f"{where}: {name}", remedy=REMEDY)
-
-
-def _fold(base: Checkpoint, adapter: Adapter, where: str) -> list[Problem]:
-    """Refuse a change to only one of several layers that share one tensor."""
-    tied = unsettled(base, adapter)
-    what = "the adapter changes one of several layers that are one tensor in the base"
-    return [Problem(what, where, got=some(tied), remedy=KEEP_APART)] if tied else []
 
 
 def _agree(adapters: Mapping[str, Adapter], folded: bool) -> list[Problem]:

@@ -48,7 +48,8 @@ def test_a_folder_of_the_hubs_cache(tiny):
         (["model-00001-of-00002.safetensors"], "copy model.safetensors.index.json there"),
         (["zero_to_fp32.py", "global_step9/zero_pp_rank_0.pt"], "some/zero_to_fp32.py some some-joined --safe_ser"),
         (["model-Q4_K_M.gguf"], "GGUF is for inference"),
-        (["model.onnx"], "ONNX is for inference"),
+        (["onnx/model.onnx"], "ONNX is for inference"),
+        (["openvino_model.xml", "openvino_model.bin"], "OpenVINO is for inference"),
         (["pytorch_model.bin", "training_args.bin"], "got: pytorch_model.bin\n(?s:.)*from_pretrained"),
         (["model_world_size_2_rank_0.pt"], "convert it with the tool that wrote it"),
         (["training_args.bin", "optimizer.pt", "rng_state_0.pth", "scheduler.pt"], "no weights there"),
@@ -59,6 +60,12 @@ def test_what_lies_there_instead(tiny, files, said):
     assert pytest.raises(UserError, merge, "sft", ["some"], 1, out="out").match(said), found
 
 
+def test_a_file_for_inference(tiny):
+    Path("model-Q4_K_M.gguf").write_text("x")
+    with pytest.raises(UserError, match=r"is a file\n(?s:.)*GGUF is for inference"):
+        merge("sft", ["model-Q4_K_M.gguf"], 1, out="out")
+
+
 def test_pickled_weights_are_converted_by_their_own_class(tiny):
     """A reward model loaded as a causal one would lose its head without a word."""
     model = LlamaForSequenceClassification.from_pretrained("sft", num_labels=1)
@@ -67,7 +74,7 @@ def test_pickled_weights_are_converted_by_their_own_class(tiny):
         model.config.save_pretrained(name)
         torch.save(model.state_dict(), f"{name}/pytorch_model.bin")
         said = refused(name)
-        command = shlex.split(said.partition("convert it by python -c ")[2])[0]
+        (command,) = shlex.split(said.partition("convert it by python -c ")[2].partition("; and copy")[0])
         exec(compile(command, "remedy", "exec"), {})  # noqa: S102
     merge("base-safetensors", ["one-safetensors"], 1, out="merged", beta=0)
     assert load_file("merged/model.safetensors")["score.weight"].equal(model.score.weight)
