@@ -84,6 +84,12 @@ def listed(names: Sequence[object], most: int) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
+def few(problems: Sequence[Problem], where: str, most: int, more: str = "more likewise") -> list[Problem]:
+    """Return at most so many problems, and one with the number of the others."""
+    rest = len(problems) - most
+    return [*problems[:most], *([Problem(f"{rest} {more}", where)] if rest > 0 else [])]
+
+
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", likeness: float = 0.5) -> str:
     """Return a remedy with the known word most similar to `word`, or `otherwise` if none has this likeness, 0 to 1."""
     alike = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)

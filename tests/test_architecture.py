@@ -4,9 +4,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from inspect import isfunction
 from pathlib import Path
 
@@ -47,13 +49,13 @@ GROUND = [
 ]
 # The files of merger/, highest first, too.
 MERGER = [
-    *("mergekit", "merge", "merge_outputs", "model_card", "input_cards", "greedy_soup", "inspect", "inspection"),
+    *("mergekit", "merge", "merge_outputs", "model_card", "input_cards", "greedy_soup", "inspect"),
     *("compare_policies", "record", "open_inputs", "low_rank_plan", "adapter_plan", "adapter_settings"),
     *("lora_stacking", "model_plan", "merge_device", "plan", "carried_files"),
     *("mergekit_methods", "mergekit_file", "mergekit_gradients", "preferences", "merge_options", "spec"),
     *("methods", "method_row", "merge_rules", "schedule_forms", "lines_schedule"),
-    *("adapter_checks", "adapter_origins", "added_tokens", "input_names", "model_checks", "config_checks"),
-    *("tied_layers", "lora_folding", "carried_settings", "tokenizer_checks"),
+    *("adapter_checks", "adapter_origins", "input_names", "model_checks", "config_checks"),
+    *("tied_embeddings", "lora_folding", "carried_settings", "tokenizer_checks"),
 ]
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
@@ -143,6 +145,20 @@ def test_files_and_functions_are_short():
     functions = (node for tree in files().values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     long_functions = [one.name for one in functions if one.end_lineno - one.lineno >= LONGEST_FUNCTION]
     assert (long_files, long_functions) == ([], [])
+
+
+def test_what_is_imported_is_declared():
+    """A package that another brings may go away with it; these three are parts of a declared one's own interface."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    declared = {re.match(r"[\w.-]+", one)[0].lower().replace("_", "-") for one in wanted}
+    known, found = packages_distributions(), set()
+    for node in (node for tree in files().values() for node in ast.walk(tree)):
+        modules = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+        found |= {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names)
+    others = {one for one in found if not declared & {name.lower().replace("_", "-") for name in known.get(one, [one])}}
+    assert len(found) > 20 and others <= {"rewarded_lines", "recipes", "pydantic_core", "cycler", "referencing"}
 
 
 def test_heavy_libraries_wait_until_they_are_needed(tiny):

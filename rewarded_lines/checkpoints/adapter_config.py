@@ -31,7 +31,7 @@ _KNOWN = frozenset(
     "lora_dropout rank_pattern alpha_pattern use_rslora fan_in_fan_out bias modules_to_save init_lora_weights "
     "target_modules exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config "
     "eva_config corda_config loftq_config lora_ga_config target_parameters trainable_token_indices "
-    "ensure_weight_tying velora_config monteclora_config".split()
+    "ensure_weight_tying velora_config monteclora_config merge_weights".split()
 )
 # Of these only training is another: a merged adapter is a plain one, so its settings do not have them.
 TRAINING_ONLY = ("velora_config", "monteclora_config")

@@ -14,29 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from rewarded_lines.checkpoints.adapter_config import (
-    ADAPTER_CONFIG,
-    MERGE_IN_PEFT,
-    match_patterns,
-    read_adapter_config,
-)
+from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG, MERGE_IN_PEFT, match_patterns, read_adapter_config
 from rewarded_lines.checkpoints.conversions import ROOTS, WRAPPERS
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged
-from rewarded_lines.checkpoints.low_rank import EMPTY, NO_MATRICES, LowRank, TokenRows, refuse_pair, refuse_rows
-from rewarded_lines.checkpoints.missing_weights import UNGATHERED, no_weights
-from rewarded_lines.checkpoints.reader import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorFiles,
-    read_json_object,
-    resolve_folder,
+from rewarded_lines.checkpoints.low_rank import (
+    REMEDIES,
+    LowRank,
+    TokenRows,
+    parts_in,
+    refuse_pair,
+    refuse_rows,
+    targets_of,
 )
-from rewarded_lines.checkpoints.target_parameters import parts_in, targets_of
+from rewarded_lines.checkpoints.missing_weights import no_weights
+from rewarded_lines.checkpoints.reader import INDEX_FILE, SINGLE_FILE, TensorFiles, read_json_object, resolve_folder
 from rewarded_lines.checkpoints.tensor_names import without_compilers
-from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.errors import Problem, UserError, fail, few
 
 ADAPTER_FILE = "adapter_model.safetensors"
+_SHARDS = "adapter_model-*-of-*.safetensors"
 # PEFT puts this before the names of the model's modules.
 PREFIX = "base_model.model."
 # With the adapter's name in it (`lora_A.default.weight`) if a trainer saved its own state instead of PEFT's.
@@ -50,7 +47,6 @@ _TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler\.\w+)$")
 _WRAPPED = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|original_module)\.")
 _SHOWN = 3
 _AGAIN = "copy or download the adapter again"
-_REMEDIES = {NO_MATRICES: MERGE_IN_PEFT, EMPTY: UNGATHERED}
 
 
 class Adapter(TensorFiles):
@@ -71,22 +67,20 @@ class Adapter(TensorFiles):
         self.folder = folder
         self.name = name or str(folder)
         self.config = read_adapter_config(folder)
-        path = folder / ADAPTER_FILE
-        if not path.is_file():
-            raise no_weights(folder, ADAPTER_FILE, "adapter ", "peft import AutoPeftModelForCausalLM")
-        super().__init__([path])
+        files = _adapter_files(folder)
+        super().__init__(files)
         # The settings are an input, too.
-        self.files = [path, folder / ADAPTER_CONFIG]
+        self.files = [*files, folder / ADAPTER_CONFIG]
         self.saved: dict[str, TensorInfo] = {}
         self.rows: dict[str, TokenRows] = {}
         self.copies: dict[str, TensorInfo] = {}
         self.enlarged: dict[str, TensorInfo] = {}
         self.before = 0
         self.own_names: dict[str, str] = {}
-        pairs = self._sort_out(path)
-        self.modules: dict[str, LowRank] = self._pair_up(pairs, path)
+        pairs = self._sort_out(files[0])
+        self.modules: dict[str, LowRank] = self._pair_up(pairs, files[0])
         if not (self.modules or self.saved or self.rows):
-            raise damaged(path, "no LoRA tensors in it")
+            raise damaged(files[0], "no LoRA tensors in it")
 
     def targets(self) -> list[str]:
         """Return the tensors of a checkpoint that the adapter changes or repeats."""
@@ -94,10 +88,8 @@ class Adapter(TensorFiles):
 
     def rename(self, names: Mapping[str, str]) -> None:
         """Take the base's names for the `targets`, where `names` has one; modules keep their own."""
-        self.modules = {
-            name: replace(module, stored=names.get(module.tensor, module.tensor))
-            for name, module in self.modules.items()
-        }
+        stored = {name: names.get(one.tensor, one.tensor) for name, one in self.modules.items()}
+        self.modules = {name: replace(one, stored=stored[name]) for name, one in self.modules.items()}
         self.own_names |= {theirs: mine for mine, theirs in names.items()}
         self.saved = {names.get(name, name): info for name, info in self.saved.items()}
         self.rows = {names.get(name, name): rows for name, rows in self.rows.items()}
@@ -105,13 +97,9 @@ class Adapter(TensorFiles):
 
     def find_parts(self, base: Mapping[str, TensorInfo]) -> None:
         """Look up the base's tensors of each fused parameter that the base stores expert by expert."""
-        shapes = {
-            module.tensor: (module.experts, *module.shape[-2:]) for module in self.modules.values() if module.experts
-        }
-        parts = parts_in(base, shapes)
-        self.modules = {
-            name: replace(module, parts=parts.get(module.tensor, ())) for name, module in self.modules.items()
-        }
+        fused = [module for module in self.modules.values() if module.experts]
+        parts = parts_in(base, {one.tensor: (one.experts, *one.shape[-2:]) for one in fused})
+        self.modules = {name: replace(one, parts=parts.get(one.tensor, ())) for name, one in self.modules.items()}
 
     def rename_modules(self, names: Mapping[str, str]) -> None:
         """Take other names for modules."""
@@ -195,7 +183,7 @@ class Adapter(TensorFiles):
             name, bare = targets[module]
             rank = int(ranks[name])
             if what := refuse_pair(factors, rank, bare):
-                remedy = next((said for kind, said in _REMEDIES.items() if kind in what), _AGAIN)
+                remedy = next((said for kind, said in REMEDIES.items() if kind in what), _AGAIN)
                 problems.append(Problem(what, f"{path}: {module}", remedy=remedy))
                 continue
             a, b = (factors[name] for name in sorted(factors))
@@ -207,8 +195,7 @@ class Adapter(TensorFiles):
             if (what := refuse_rows(rows))
         ]
         if problems:
-            more = [Problem(f"{len(problems) - _SHOWN} more modules likewise")] if len(problems) > _SHOWN else []
-            raise UserError(problems[:_SHOWN] + more)
+            raise UserError(few(problems, str(path), _SHOWN, "more modules likewise"))
         return modules
 
 
@@ -246,14 +233,12 @@ def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter and not a whole model; refuse a folder with both."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return False
-    whole = [name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()]
+    # Beside an adapter's shards, transformers writes an index of this name.
+    indices = () if any(folder.glob(_SHARDS)) else (INDEX_FILE,)
+    whole = [name for name in (SINGLE_FILE, *indices) if (folder / name).is_file()]
     if whole:
-        raise fail(
-            "the folder holds both an adapter and a whole model",
-            where=str(folder),
-            expected=f"{ADAPTER_CONFIG} or {whole[0]}",
-            remedy="give the one you mean a folder of its own",
-        )
+        what, remedy = "the folder holds both an adapter and a whole model", "give the one you mean a folder of its own"
+        raise fail(what, where=str(folder), expected=f"{ADAPTER_CONFIG} or {whole[0]}", remedy=remedy)
     return True
 
 
@@ -275,6 +260,24 @@ def bare_base(folder: Path, fetched: bool = True) -> BareBase | None:
     return None
 
 
+def _adapter_files(folder: Path) -> list[Path]:
+    """Return an adapter's weight files: PEFT writes one; transformers' `save_pretrained` cuts a large one in shards."""
+    if beside := [path.name for path in folder.glob("new_embeddings.*")]:
+        what = "rows for added tokens in a file of their own, which only earlier versions of vLLM read"
+        remedy = "give the base these rows in its embeddings and head (resize_token_embeddings), and remove the file"
+        raise fail(what, where=str(folder), got=beside[0], remedy=remedy)
+    if (folder / ADAPTER_FILE).is_file():
+        return [folder / ADAPTER_FILE]
+    shards = sorted(folder.glob(_SHARDS))
+    if not shards:
+        raise no_weights(folder, ADAPTER_FILE, "adapter ")
+    count = shards[0].stem.rpartition("-")[2]
+    if count != f"{len(shards):05d}":
+        what, got = "shards of the adapter are missing", ", ".join(path.name for path in shards[:_SHOWN])
+        raise fail(what, where=str(folder), expected=f"{count} files {_SHARDS}", got=got, remedy=_AGAIN)
+    return shards
+
+
 def _refuse_strange(names: list[str], path: Path) -> UserError:
     shown = ", ".join(name[:120] for name in names[:_SHOWN])
     if any("lora_magnitude_vector" in name for name in names):
@@ -283,10 +286,5 @@ def _refuse_strange(names: list[str], path: Path) -> UserError:
         what = "B has a bias (lora_bias), which no matrix of the base can hold"
     else:
         what = f"{len(names)} tensors that are not known here: dropping them would change the adapter"
-    return fail(
-        what,
-        where=str(path),
-        expected=f"{PREFIX}….lora_A.weight and .lora_B.weight, and tensors that adapter_config.json names",
-        got=shown,
-        remedy=MERGE_IN_PEFT,
-    )
+    expected = f"{PREFIX}….lora_A.weight and .lora_B.weight, and tensors that adapter_config.json names"
+    return fail(what, where=str(path), expected=expected, got=shown, remedy=MERGE_IN_PEFT)

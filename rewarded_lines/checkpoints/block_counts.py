@@ -100,7 +100,11 @@ def _declarations(config: Mapping[str, Any], prefix: str, section: frozenset[str
 
 def further_blocks(config: Mapping[str, Any]) -> int:
     """Return how many modules after the last block only predict further tokens, as in DeepSeek-V3 and GLM-4.5."""
-    text = config.get("text_config")
-    inner = text if isinstance(text, Mapping) else {}
-    value = config.get(_FURTHER, inner.get(_FURTHER))
+    value = of_text(config, _FURTHER)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST_FURTHER else 0
+
+
+def of_text(config: Mapping[str, Any], key: str) -> Any:
+    """Return a setting of the language model; vision-language models have it in `text_config`."""
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, Mapping) else None)

@@ -50,7 +50,7 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     ("experts.e_score_correction_bias", "e_score_correction_bias"),
     ("gate.moe_statics", "moe_statics"),
     ("mlp.post_mlp_layernorm", "post_mlp_layernorm"),
-    # Attention: DeepSeek-V4, MiMo, Hunyuan, Kimi-Linear, MiniMax-M3, OLMo-Hybrid.
+    # Attention: DeepSeek-V4, MiMo, Hunyuan, Kimi-Linear, MiniMax-M3, OLMo-Hybrid, LFM3.
     ("attn", "self_attn"),
     ("indexer.compressor", "compressor.indexer"),
     ("indexer.weights_proj", "compressor.indexer.scorer.weights_proj"),
@@ -68,6 +68,7 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     ("self_attn.q_norm", "self_attn.q_a_norm"),
     ("self_attn.q_gate_proj", "self_attn.q_b_proj"),
     ("linear_gate", "gate_proj"),
+    ("self_attn.g_proj", "self_attn.gate_proj"),
     ("self_attn.index_q_proj", "self_attn.indexer.q_proj"),
     ("self_attn.index_k_proj", "self_attn.indexer.k_proj"),
     ("self_attn.index_q_norm", "self_attn.indexer.q_norm"),
@@ -108,6 +109,7 @@ SYNONYMS: tuple[tuple[str, str], ...] = (
     ("^patch_merge_mlp.linear_2", "multi_modal_projector.merge_linear_2"),
     ("^vision_embedder", "embed_vision"),
     ("embed_vision.multimodal_embedder", "embed_vision"),
+    ("patchifier", "patch_embed"),
     ("mm_projector.proj.0", "mm_projector.in_proj"),
     ("mm_projector.proj.2", "mm_projector.out_proj"),
     ("^perceive", "patch_merger"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.dtypes import DTYPES, DType
+from rewarded_lines.checkpoints.missing_weights import model_class
 from rewarded_lines.errors import UserError, fail
 
 # Below the 100 MB of the format's own library: parsed JSON takes many times its bytes, and 32 MB name 200,000 tensors.
@@ -27,7 +28,7 @@ _LARGEST = 2**62
 # Releases in these types have no other; by default transformers would save them in the same type again.
 _DEQUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 _DEQUANTIZE = (
-    "python -c \"import transformers as t; t.AutoModelForCausalLM.from_pretrained('{folder}', quantization_config="
+    "python -c \"import transformers as t; t.{model}.from_pretrained('{folder}', quantization_config="
     "t.{kind}(dequantize=True)).save_pretrained('{folder}-dequantized', save_original_format=False)\""
 )
 _HALF = re.compile(r"[\ud800-\udfff]")
@@ -92,7 +93,8 @@ def quantized(what: str, where: Path, method: str = "") -> UserError:
     """Return the error for weights that are quantized; `what` describes them, `method` is transformers' name."""
     remedy = "merge the unquantized checkpoints, quantize the result; adapters merge over it with --as adapter"
     if method in _DEQUANTIZED:
-        command = _DEQUANTIZE.format(kind=_DEQUANTIZED[method], folder=where.parent)
+        folder = where.parent
+        command = _DEQUANTIZE.format(kind=_DEQUANTIZED[method], folder=folder, model=model_class(folder))
         remedy = f"dequantize it as the policies' trainer did, and give the result: {command}"
     return fail(
         what,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo, damaged, named_quantized, parse_json, read_header
-from rewarded_lines.checkpoints.missing_weights import no_weights
+from rewarded_lines.checkpoints.missing_weights import for_inference, no_weights
 from rewarded_lines.checkpoints.tensor_names import never_loaded
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.references import looks_local
@@ -168,7 +168,7 @@ def resolve_folder(reference: str, weights: bool = True, revision: str | None = 
             what,
             where=str(folder),
             expected=f"a model folder with config.json and {SINGLE_FILE}",
-            remedy="give the folder of a checkpoint, or a Hub id organisation/name",
+            remedy=for_inference([folder]) or "give the folder of a checkpoint, or a Hub id organisation/name",
         )
     return _from_hub(reference, weights, revision)
 

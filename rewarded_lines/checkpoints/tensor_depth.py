@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rewarded_lines.checkpoints.block_counts import words_of
 from rewarded_lines.checkpoints.families import (
@@ -22,6 +22,7 @@ from rewarded_lines.checkpoints.numbered_lists import NumberedList, find_lists, 
 from rewarded_lines.errors import Problem, UserError, fail
 
 Side = Literal["before", "in", "after", "unknown", "flat", "base"]
+SIDES: tuple[Side, ...] = get_args(Side)
 
 _ROWS = {blocks.path: blocks for blocks in BLOCK_LISTS}
 _TOWER_RULES = ("base", "flat", "depth")

@@ -15,6 +15,7 @@ from functools import partial
 from os.path import commonprefix
 from typing import Any
 
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.conversions import (
     FUSIONS,
     LEFT_OVER,
@@ -147,8 +148,7 @@ def of_towers(names: Iterable[str]) -> set[str]:
 
 def _count(config: Mapping[str, Any], key: str) -> int:
     """Return a number of blocks of the text model, 0 if the config has none."""
-    text = config.get("text_config")
-    value = config.get(key, text.get(key) if isinstance(text, Mapping) else None)
+    value = of_text(config, key)
     return value if isinstance(value, int) else 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -34,7 +35,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self,
         folder: Path,
         tensors: Sequence[TensorInfo],
-        max_shard_size: int,
+        max_shard_size: int = sys.maxsize,
         single_file: str = SINGLE_FILE,
         together: int = 1,
     ) -> None:

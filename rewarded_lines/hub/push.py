@@ -57,8 +57,8 @@ def push(
             raise _failed(error, folder, repository, private, revision) from None
 
 
-def check_repository(repository: str, option: str = "--push-to-hub") -> None:
-    """Refuse a text that cannot be the id of a repository; the message names the user's `option`."""
+def check_repository(repository: str) -> None:
+    """Refuse a text that cannot be the id of a repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -69,7 +69,7 @@ def check_repository(repository: str, option: str = "--push-to-hub") -> None:
         valid = False
     if not valid:
         expected = "owner/name, of letters, digits, `-`, `_` and `.`, the name at most 96 of them"
-        raise fail("not the id of a repository", where=option, expected=expected, got=masked(repository))
+        raise fail("not the id of a repository", where="--push-to-hub", expected=expected, got=masked(repository))
 
 
 def check_ready() -> None:

@@ -126,17 +126,8 @@ def _reported(folder: Path, header: Mapping[str, Any]) -> Summary | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         points = [PointSummary.from_dict(entry) for entry in content["points"]]
-        summary = Summary(
-            **{
-                **content,
-                "points": points,
-                "hypervolumes": [],
-                "differences": [],
-                "policy_gains": [],
-                "power": [],
-                "kl_budgets": [],
-            }
-        )
+        left_out = ("hypervolumes", "differences", "policy_gains", "power", "kl_budgets")
+        summary = Summary(**(content | {"points": points} | {name: [] for name in left_out}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         # Missing, damaged or of another version.
         return None

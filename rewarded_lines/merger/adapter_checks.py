@@ -11,22 +11,20 @@ from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.low_rank import LowRank
+from rewarded_lines.checkpoints.low_rank import LowRank, outermost_first
 from rewarded_lines.checkpoints.reader import Checkpoint
-from rewarded_lines.checkpoints.target_parameters import outermost_first
-from rewarded_lines.errors import Problem
+from rewarded_lines.errors import Problem, few
 from rewarded_lines.kernels.blocks import blocks_of
 from rewarded_lines.merger.adapter_origins import compare_origin, notes_on_origins, same_bases
 from rewarded_lines.merger.config_checks import REMEDY, resize
 from rewarded_lines.merger.lora_folding import Base, is_transposed, stored_parts, stored_shape
-from rewarded_lines.merger.model_checks import few, is_head, some, with_head
-from rewarded_lines.merger.tied_layers import stored_name, unsettled
+from rewarded_lines.merger.model_checks import is_head, some, with_head
+from rewarded_lines.merger.tied_embeddings import stored_name, unsettled
 
 KEEP_APART = "pass --as adapter, which keeps tied layers apart as PEFT does"
 # Earlier ones took [experts, out, in] for [experts, in, out].
 _FIRST_FOR_EXPERTS = (0, 19)
 _SHOWN = 6
-_LONGEST = 200
 _OTHER_NAMES = (
     f"{REMEDY}; if transformers names layers differently from the checkpoint (LLaVA, Gemma 3, Qwen2-VL), give as "
     "base a folder with only its config.json"
@@ -42,8 +40,9 @@ def check_adapters(base: Base, reference: str, adapters: Mapping[str, Adapter], 
     for name, adapter in adapters.items():
         where = f"policy `{name}` ({adapter.folder})"
         found = [*_fit(base, adapter, where), *compare_origin(base, reference, adapter, where)]
-        if folded and isinstance(base, Checkpoint):
-            found += _fold(base, adapter, where)
+        if folded and isinstance(base, Checkpoint) and (tied := unsettled(base, adapter)):
+            what = "the adapter changes one of several layers that are one tensor in the base"
+            found.append(Problem(what, where, got=some(tied), remedy=KEEP_APART))
         problems += few(found, where, _SHOWN)
     return problems + few([*_agree(adapters, folded), *same_bases(adapters)], "policies", _SHOWN)
 
@@ -101,7 +100,11 @@ def _is_there(base: Checkpoint, module: LowRank) -> bool:
 
 def _fit_module(base: Checkpoint, adapter: Adapter, module: LowRank, where: str) -> Problem | None:
     if not _is_there(base, module):
-        return Problem(f"{module.module} is not in the base", where, got=module.tensor, remedy=REMEDY)
+        what, remedy = f"{module.module} is not in the base", REMEDY
+        if module.experts > 1:
+            what += f", with {module.experts} experts, as A and the rank {module.rank} give them"
+            remedy += f"; or correct r and rank_pattern in {ADAPTER_CONFIG}"
+        return Problem(what, where, got=module.tensor, remedy=remedy)
     where = f"{where}: {module.tensor}"
     stored = stored_name(base, module.tensor)
     names = list(stored_parts(module, base)) if stored is None else [stored]
@@ -191,13 +194,6 @@ def _fit_copy(base: Checkpoint, adapter: Adapter, name: str, info: TensorInfo, w
         return None
     what = "the adapter's copy of a base tensor differs from the base's"
     return Problem(what, f"{where}: {name}", remedy=REMEDY)
-
-
-def _fold(base: Checkpoint, adapter: Adapter, where: str) -> list[Problem]:
-    """Refuse a change to only one of several layers that share one tensor."""
-    tied = unsettled(base, adapter)
-    what = "the adapter changes one of several layers that are one tensor in the base"
-    return [Problem(what, where, got=some(tied), remedy=KEEP_APART)] if tied else []
 
 
 def _agree(adapters: Mapping[str, Adapter], folded: bool) -> list[Problem]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from rewarded_lines.checkpoints.adapter_config import ADAPTER_CONFIG
 from rewarded_lines.checkpoints.adapters import Adapter
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.missing_weights import fold
@@ -20,10 +21,10 @@ from rewarded_lines.checkpoints.tensor_names import under_names_of
 from rewarded_lines.errors import Problem
 from rewarded_lines.folders import TRAINING_FILE, json_object_in
 from rewarded_lines.kernels.blocks import blocks_of
-from rewarded_lines.merger.config_checks import REMEDY, of_text
+from rewarded_lines.merger.config_checks import REMEDY
 from rewarded_lines.merger.lora_folding import Base
 from rewarded_lines.merger.model_checks import compare_hashes, is_head, recorded_base
-from rewarded_lines.merger.tied_layers import is_embedding
+from rewarded_lines.merger.tied_embeddings import is_embedding
 
 _LONGEST = 200
 # What names of copies of one model add: other types of number, and the vendor once more.

@@ -18,9 +18,8 @@ from rewarded_lines.checkpoints.adapters import ADAPTER_FILE, Adapter, BareBase
 from rewarded_lines.checkpoints.dtypes import BF16, F16, F32, DType, widest
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.low_rank import LowRank
+from rewarded_lines.checkpoints.low_rank import LowRank, paths_of
 from rewarded_lines.checkpoints.reader import Checkpoint
-from rewarded_lines.checkpoints.target_parameters import paths_of
 from rewarded_lines.checkpoints.tensor_depth import Depths
 from rewarded_lines.checkpoints.writer import CheckpointWriter
 from rewarded_lines.folders import write_json
@@ -37,8 +36,6 @@ from rewarded_lines.progress import SILENT, Progress
 # bfloat16 has the range of float32, so a power of two up to this one only shifts a usual weight's exponent.
 _PLAIN_EXPONENT = 32
 _OUTPUTS_KEPT = 64
-# PEFT loads one file.
-_ONE_FILE = 1 << 62
 
 
 class AdapterPlan(Plan):
@@ -154,7 +151,7 @@ class AdapterPlan(Plan):
             files = []
             for folder, output in zip(folders, outputs, strict=True):
                 tensors = output.tensors(self.whole.base.tensors)
-                file = CheckpointWriter(folder, tensors, _ONE_FILE, ADAPTER_FILE, together=len(folders))
+                file = CheckpointWriter(folder, tensors, single_file=ADAPTER_FILE, together=len(folders))
                 files.append((stack.enter_context(file), output))
             writer = AdapterWriter(self.policies, self.modules, self.whole, files, progress)
             writer.write()
@@ -174,7 +171,8 @@ class AdapterPlan(Plan):
 
     @cached_property
     def _hashes(self) -> list[str]:
-        return [file_hash(adapter.files[0]) for adapter in self.adapters]
+        # The last file has the settings.
+        return ["".join(map(file_hash, adapter.files[:-1])) for adapter in self.adapters]
 
     def _stack(self, name: str, spec: MergeSpec, copied: int | None) -> Stack:
         modules, factors = self.modules[name], []

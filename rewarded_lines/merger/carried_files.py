@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.checkpoints.adapters import Adapter, BareBase
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.hashing import file_hash
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object, resolve_folder
 from rewarded_lines.checkpoints.tokenizer_files import tokenizer_file
@@ -26,7 +27,6 @@ from rewarded_lines.merger.carried_settings import (
     Settings,
     choices,
     generation_settings,
-    of_text,
     tokenizer_settings,
 )
 from rewarded_lines.merger.config_checks import REMEDY

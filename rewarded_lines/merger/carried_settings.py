@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.reader import read_json_object
 from rewarded_lines.checkpoints.tokenizer_files import tokenizer_file
 from rewarded_lines.errors import Problem
@@ -76,12 +77,6 @@ def generation_settings(folder: Path, config: Mapping[str, Any] | None) -> Setti
         found[key] = _ids(content.get(key, of_text(config, key)))
         found[f"{key} of the config"] = _ids(of_text(config, key))
     return found
-
-
-def of_text(config: Mapping[str, Any], key: str) -> Any:
-    """Return a setting of the language model; vision-language models have it in `text_config`."""
-    text = config.get("text_config")
-    return config.get(key, text.get(key) if isinstance(text, Mapping) else None)
 
 
 def _ids(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.tensor_depth import Side
+from rewarded_lines.checkpoints.tensor_depth import SIDES, Side
 from rewarded_lines.errors import fail
 from rewarded_lines.kernels.blocks import Array, Workspace
 from rewarded_lines.kernels.distances import Distance, distances, joined
@@ -96,8 +96,8 @@ def compare_policies(
     for name, distance in measured.items():
         place = plan.depths.place[name]
         groups.setdefault((place.stack, place.block, place.side), []).append(distance)
-    order, sides = list(plan.depths.stacks), ("before", "in", "after", "unknown", "flat", "base")
-    levels = sorted(groups, key=lambda one: (order.index(one[0]), sides.index(one[2]), one[1] or 0))
+    order = list(plan.depths.stacks)
+    levels = sorted(groups, key=lambda one: (order.index(one[0]), SIDES.index(one[2]), one[1] or 0))
     matrices = [infos[name] for name in measured if len(infos[name].shape) == 2 and min(infos[name].shape) > 1]
     taken = _affordable(plan, matrices) if spectra == "sample" else matrices if spectra == "all" else []
     taken = [info for info in taken if not measured[info.name].nonfinite]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.errors import Problem
 
 REMEDY = "merge policies that were all trained from this base"
@@ -48,12 +49,6 @@ def compare_configs(base: Mapping[str, Any], policy: Mapping[str, Any], where: s
         for key, mine, other in rows
         if mine != other and (key == kind or (mine is not None and other is not None))
     ]
-
-
-def of_text(config: Mapping[str, Any], key: str) -> Any:
-    """Return a setting of the language model; vision-language models have it in `text_config`."""
-    text = config.get("text_config")
-    return config.get(key, text.get(key) if isinstance(text, Mapping) else None)
 
 
 def is_text_of(policy: Mapping[str, Any], base: Mapping[str, Any]) -> bool:

@@ -9,31 +9,115 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
+from rewarded_lines.checkpoints.adapter_config import read_adapter_config
+from rewarded_lines.checkpoints.adapters import is_adapter
 from rewarded_lines.checkpoints.headers import TensorInfo
-from rewarded_lines.checkpoints.reader import Checkpoint, open_checkpoint, resolve_folder, total_bytes
-from rewarded_lines.checkpoints.tensor_depth import Depths, Side
+from rewarded_lines.checkpoints.reader import Checkpoint, resolve_folder, total_bytes
+from rewarded_lines.checkpoints.tensor_depth import SIDES, Depths, Side
 from rewarded_lines.errors import Problem, UserError, fail, printable
 from rewarded_lines.kernels.blocks import Source
 from rewarded_lines.kernels.distances import Distance, distances
-from rewarded_lines.merger.adapter_checks import check_adapters, notes_on
 from rewarded_lines.merger.compare_policies import Comparison, compare_policies
-from rewarded_lines.merger.input_names import depths_of, under_base_names
-from rewarded_lines.merger.inspection import InspectedTensor, Inspection, Level, Residual, Sum
+from rewarded_lines.merger.input_names import depths_of
 from rewarded_lines.merger.lines_schedule import Outside, Schedule
 from rewarded_lines.merger.lora_folding import FoldedAdapter
 from rewarded_lines.merger.model_checks import check
-from rewarded_lines.merger.open_inputs import collected
+from rewarded_lines.merger.open_inputs import open_whole
 from rewarded_lines.merger.plan import OUTSIDE, choose
-from rewarded_lines.merger.record import read_origin
+from rewarded_lines.merger.record import Record, read_origin
 from rewarded_lines.merger.schedule_forms import Coefficients, Factors, Values, named_schedules
-from rewarded_lines.merger.tied_layers import settle
 from rewarded_lines.progress import SILENT, Progress
 
-_SIDES: Sequence[Side] = ("before", "in", "after", "unknown", "flat", "base")
 _SHOWN, _LONGEST = 3, 200
 _ONE, _SEVERAL = "leave them out, or inspect one policy", "leave it out, or name several policies"
 Policies = Sequence[str | Path] | Mapping[str, str | Path]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual of one or more tensors; norms are L2, in float64.
+
+    Attributes:
+        norm: ‖τ‖ with τ = θ − θ_base.
+        base_norm: ‖θ_base‖ of the same values.
+        scaled_norm: ‖s·τ‖, s each tensor's LiNeS scale.
+        values: the number of values.
+        changed: the number that differ from the base's.
+        nonfinite: the number that are NaN or infinite, in the base or in the checkpoint.
+    """
+
+    norm: float
+    base_norm: float
+    scaled_norm: float
+    values: int
+    changed: int
+    nonfinite: int = 0
+
+    @property
+    def relative(self) -> float:
+        """Return ‖τ‖/‖θ_base‖; infinite if only the base is zero."""
+        if self.base_norm == 0:
+            return math.inf if self.norm else 0.0
+        return self.norm / self.base_norm
+
+    @property
+    def share_changed(self) -> float:
+        """Return the share of the values that differ from the base's."""
+        return self.changed / self.values if self.values else 0.0
+
+
+@dataclass(frozen=True)
+class InspectedTensor:
+    """One tensor: its place in the model (see `Place`), its LiNeS scale and, against a base, its residual."""
+
+    name: str
+    stack: str
+    block: int | None
+    side: Side
+    shape: tuple[int, ...]
+    dtype: str
+    parameters: int
+    scale: float
+    residual: Residual | None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Totals over several tensors; integers and booleans count, but have no residual."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    residual: Residual | None
+
+
+@dataclass(frozen=True)
+class Level(Sum):
+    """The tensors at one depth: in a block, before the blocks of a list or after them; `scales` are theirs."""
+
+    stack: str
+    block: int | None
+    side: Side
+    scale: float
+    modules: tuple[str, ...]
+    scales: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint by depth: lists of blocks with their lengths, levels, tensors; schedules of named policies."""
+
+    checkpoint: str
+    base: str | None
+    schedule: Schedule
+    schedules: Mapping[str, Schedule]
+    stacks: Mapping[str, int]
+    levels: Sequence[Level]
+    total: Sum
+    tensors: Sequence[InspectedTensor]
+    origin: Record | None
+    notes: Sequence[str]
 
 
 @overload
@@ -104,14 +188,13 @@ def _inspect_one(
     scales, schedules = named_schedules(Path(checkpoint).name, given, outside)
     choose("--outside", outside, OUTSIDE)
     progress.start("opening checkpoints")
-    subject = _open(checkpoint, base)
-    infos = subject.tensors
-    depths = depths_of(infos, subject.config, layers, tower)
+    folder, source, origin, infos, notes = _open(checkpoint, base)
+    depths = depths_of(infos, origin.config, layers, tower)
     Schedule((*scales.lines, *(one.lines[0] for one in schedules.values())), scales.modules).check(depths)
-    measured = distances(subject.base, [subject.source], infos, progress) if subject.base else {}
+    measured = {} if base is None else distances(origin, [source], infos, progress)
     tensors = [_tensor(info, depths, scales, measured.get(info.name)) for info in infos.values()]
     stacks = list(depths.stacks)
-    tensors.sort(key=lambda one: (stacks.index(one.stack), _SIDES.index(one.side), one.block or 0))
+    tensors.sort(key=lambda one: (stacks.index(one.stack), SIDES.index(one.side), one.block or 0))
     return Inspection(
         checkpoint,
         base,
@@ -121,59 +204,41 @@ def _inspect_one(
         _levels(tensors, infos),
         _sum(tensors, infos),
         tensors,
-        read_origin(subject.folder),
-        [*subject.notes, *_nonfinite(tensors)],
+        read_origin(folder),
+        [*notes, *_nonfinite(tensors)],
     )
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A complete checkpoint that fits its base; `tensors` are those that a merge would take."""
+def _open(checkpoint: str, base: str | None) -> tuple[Path, Source, Checkpoint, dict[str, TensorInfo], list[str]]:
+    """Return folder and values of a model or adapter, its base, the tensors that a merge would take, and notes.
 
-    folder: Path
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    source: Source
-    base: Checkpoint | None
-    notes: list[str]
-
-
-def _open(checkpoint: str, base: str | None) -> _Subject:
-    """Open a model or an adapter and, if given, its base; refuse a pair that cannot be merged."""
-    opened: Checkpoint | Adapter | None = None
-    origin: Checkpoint | None = None
+    Without a base the model stands for it. A pair that cannot be merged is refused.
+    """
+    if base is None:
+        alone = _model(checkpoint)
+        names, notes = check(alone, {})
+        return alone.folder, alone, alone, {name: alone.tensors[name] for name in names}, notes
     problems: list[Problem] = []
-    with collected(problems):
-        folder = resolve_folder(checkpoint)
-        opened = Adapter(folder, checkpoint) if is_adapter(folder) else Checkpoint(folder, checkpoint)
-    with collected(problems):
-        origin = None if base is None else open_checkpoint(base)
-    if opened is None or problems:
+    origin, opened, names, notes = open_whole(base, {Path(checkpoint).name: checkpoint}, problems)
+    if problems:
         raise UserError(problems)
-    if isinstance(opened, Adapter):
-        return _adapted(opened, origin, base)
-    renamed = under_base_names(origin, {opened.folder.name: opened}) if origin else []
-    names, notes = check(origin, {opened.folder.name: opened}) if origin else check(opened, {})
-    tensors = {name: opened.tensors[name] for name in names}
-    config = origin.config if origin else opened.config
-    return _Subject(opened.folder, config, tensors, opened, origin, renamed + notes)
+    (subject,) = opened.values()
+    if isinstance(subject, Checkpoint):
+        return subject.folder, subject, origin, {name: subject.tensors[name] for name in names}, notes
+    count = f"{len(subject.modules)} matrices of low rank, {len(subject.saved)} tensors whole"
+    notes = [f"an adapter: {count}; the rest is the base's", *notes]
+    return subject.folder, FoldedAdapter(subject, origin), origin, {name: origin.tensors[name] for name in names}, notes
 
 
-def _adapted(adapter: Adapter, base: Checkpoint | None, reference: str | None) -> _Subject:
-    if base is None or reference is None:
-        named = adapter.config.base[:_LONGEST]
-        named = printable(shlex.quote(named)) if named else "with the model it was trained from"
-        what, remedy = "an adapter needs its base to be inspected", f"pass --base {named}"
-        raise fail(what, where=adapter.name, got="no --base", remedy=remedy)
-    adapters = {adapter.folder.name: adapter}
-    renamed = under_base_names(base, adapters) + settle(base, adapters)
-    if problems := check_adapters(base, reference, adapters, folded=True):
-        raise UserError(problems)
-    names, left_out = check(base, {})
-    tensors = {name: base.tensors[name] for name in names}
-    count = f"{len(adapter.modules)} matrices of low rank, {len(adapter.saved)} tensors whole"
-    notes = [f"an adapter: {count}; the rest is the base's", *renamed, *left_out, *notes_on(base, reference, adapters)]
-    return _Subject(adapter.folder, base.config, tensors, FoldedAdapter(adapter, base), base, notes)
+def _model(checkpoint: str) -> Checkpoint:
+    """Open a model without its base; an adapter has no meaning without one."""
+    folder = resolve_folder(checkpoint)
+    if not is_adapter(folder):
+        return Checkpoint(folder, checkpoint)
+    named = read_adapter_config(folder).base[:_LONGEST]
+    named = printable(shlex.quote(named)) if named else "with the model it was trained from"
+    what, remedy = "an adapter needs its base to be inspected", f"pass --base {named}"
+    raise fail(what, where=checkpoint, got="no --base", remedy=remedy)
 
 
 def _tensor(info: TensorInfo, depths: Depths, schedule: Schedule, measured: Distance | None) -> InspectedTensor:

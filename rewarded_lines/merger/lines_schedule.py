@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rewarded_lines.checkpoints.module_kinds import KINDS, kind_of
+from rewarded_lines.checkpoints.families import KINDS, kind_of
 from rewarded_lines.checkpoints.tensor_depth import Depths, Place
 from rewarded_lines.errors import Problem, UserError, fail
 

@@ -37,7 +37,6 @@ from rewarded_lines.references import looks_local
 
 # Matrices in blocks that are no layers: routers, tables of relative positions, experts that transformers fuses.
 _NO_LAYER = re.compile(r"\.(gate|router|relative_attention_bias)\.weight$|\.experts\.\d+\.")
-_ONE_FILE = 1 << 62
 
 
 class LowRankPlan(Plan):
@@ -105,7 +104,7 @@ class LowRankPlan(Plan):
         found: list[dict[str, tuple[float, float]]] = [{} for _ in specs]
         with ExitStack() as stack:
             open_writer = partial(CheckpointWriter, single_file=ADAPTER_FILE, together=len(folders))
-            made = (open_writer(folder, self.outputs(specs[0]), _ONE_FILE) for folder in folders)
+            made = (open_writer(folder, self.outputs(specs[0])) for folder in folders)
             writers = [stack.enter_context(writer) for writer in made]
             for name in self._stacks:
                 progress.start(f"factoring {name}", counted=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rewarded_lines.checkpoints.module_kinds import KINDS
+from rewarded_lines.checkpoints.families import KINDS
 from rewarded_lines.merger.lines_schedule import Outside
 from rewarded_lines.merger.method_row import OptionValue
 from rewarded_lines.merger.methods import METHODS

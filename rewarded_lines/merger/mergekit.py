@@ -10,7 +10,7 @@ from typing import Any
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.merger.merge import merge
 from rewarded_lines.merger.merge_outputs import MergeResult
-from rewarded_lines.merger.mergekit_file import MergekitFile, Reference, read_file
+from rewarded_lines.merger.mergekit_file import TOP_KEYS, MergekitFile, Reference, read_file
 from rewarded_lines.merger.mergekit_methods import MERGEKIT_METHODS, MergekitMethod, Translation
 
 
@@ -78,6 +78,8 @@ def _check_parameters(file: MergekitFile, row: MergekitMethod) -> None:
             what, remedy = f"{file.method} has no parameter `{name}`", did_you_mean(str(name), known)
             if name in row.shared:
                 what, remedy = f"mergekit ignores `{name}` here", "move it to the top level's `parameters:`"
+            if name in TOP_KEYS:
+                what, remedy = f"mergekit ignores `{name}` here", "move it to the top level, beside `merge_method:`"
             problems.append(Problem(what, where, expected=", ".join(known), remedy=remedy))
     if problems:
         raise UserError(problems)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
+from rewarded_lines.checkpoints.missing_weights import fold
 from rewarded_lines.config_values import Strict
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.mergekit_gradients import Line, line_of
@@ -45,13 +46,6 @@ def _reference(value: Any) -> Reference:
         raise ValueError(what + revision)
     path, _, lora = value.partition("+")
     return Reference(path, lora)
-
-
-def _is_base(value: Any, base: Reference | None) -> bool:
-    try:
-        return value == "base" or _reference(value) == base
-    except ValueError:
-        return False
 
 
 def _dtype(value: Any) -> str:
@@ -93,32 +87,39 @@ class _Slice(_Level):
         return sources
 
 
-class _Content(_Level):
-    base_model: Annotated[Reference | None, BeforeValidator(lambda value: _reference(value) if value else None)] = None
-    merge_method: str
+class _Module(_Level):
     models: list[Model] | None = None
     slices: Annotated[list[_Slice] | None, Field(max_length=1)] = None
-    modules: Any = None
+
+
+class _Content(_Module):
+    base_model: Annotated[Reference | None, BeforeValidator(lambda value: _reference(value) if value else None)] = None
+    merge_method: str
+    modules: dict[Literal["default"], _Module] | None = None
     out_dtype: Annotated[str, BeforeValidator(_dtype)] = ""
     dtype: Annotated[str, BeforeValidator(_arithmetic)] = ""
-    tokenizer_source: Any = None
-    tokenizer: Any = None
+    tokenizer_source: str | None = None
+    tokenizer: str | None = None
     chat_template: Any = None
 
-    @field_validator("tokenizer_source", "tokenizer")
+    @field_validator("tokenizer_source", "tokenizer", mode="before")
     @classmethod
-    def _base_only(cls, value: Any, info: ValidationInfo) -> Any:
+    def _source(cls, value: Any) -> str | None:
+        """Return "base", "union" or a model."""
         source = value["source"] if isinstance(value, dict) and set(value) == {"source"} else value
-        if source and not _is_base(source, info.data.get("base_model")):
-            raise ValueError("tokenizers are not merged here: give base, or nothing, with the same one in all inputs")
-        return value
+        if isinstance(source, dict) and "model" not in source:
+            raise ValueError("tokens are not chosen one by one here: give the tokenizer's `source:` alone")
+        return None if not source else _reference(source).path
 
     @field_validator("chat_template")
     @classmethod
     def _none(cls, value: Any) -> Any:
-        if value:
+        if value not in (None, "", "auto"):
             raise ValueError("a merge takes the chat template of base or policies: leave it out, and pass --tokenizer")
         return value
+
+
+TOP_KEYS = frozenset(_Content.model_fields)
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ class MergekitFile:
     """The content of a file.
 
     Attributes:
-        shared: parameters for all models: the slice's, then the top level's.
+        shared: parameters for all models: the slice's, then the module's, then the top level's.
         blocks: the number of blocks in its slice, None without a slice.
-        tokenizer: "base" if the file says so, else "auto".
+        tokenizer: whose the file names: "base", "union" or a model; "" for none.
     """
 
     path: str
@@ -138,7 +139,7 @@ class MergekitFile:
     shared: Sequence[Parameters]
     dtype: str
     blocks: int | None
-    tokenizer: str = "auto"
+    tokenizer: str = ""
 
     @cached_property
     def policies(self) -> list[Model]:
@@ -175,7 +176,8 @@ class MergekitFile:
     def flag(self, name: str, default: bool) -> bool:
         """Return a switch."""
         value = self.number(name, default)
-        if not isinstance(value, bool | int):
+        # mergekit's own cards write 1.0 for true.
+        if value not in (0, 1):
             raise self.fault(f"`{name}` is no switch", name, expected="true or false", got=str(value))
         return bool(value)
 
@@ -197,17 +199,18 @@ def read_file(path: Path) -> MergekitFile:
     """Read a mergekit YAML; refuse every key and value that is not mergekit's, or has no counterpart here."""
     content, name = read_yaml(path), str(path)
     problems = []
-    given = [key for key in ("models", "slices", "modules") if content.get(key)]
-    if given not in (["models"], ["slices"]):
-        what = "`modules:` has no counterpart here" if "modules" in given else "no models, or two lists of them"
-        expected = "either `models:`, or `slices:` with one slice of whole models"
-        problems.append(Problem(what, name, expected=expected, got=", ".join(given) or "neither"))
     try:
         found = _Content.model_validate(content)
     except ValidationError as error:
-        raise UserError([*problems, *(_problem(detail, name) for detail in error.errors())]) from error
-    top, blocks, shared = found.models or [], None, [found.parameters]
-    for part in found.slices or []:
+        raise UserError(_problem(detail, name) for detail in error.errors()) from error
+    # Cards that mergekit writes have the one module of a usual model.
+    parts = [found, *(found.modules or {}).values()]
+    if sum(bool(one.models) + bool(one.slices) for one in parts) != 1:
+        what = "no models, or two lists of them"
+        problems.append(Problem(what, name, "either `models:`, or `slices:` with one slice of whole models"))
+    top, blocks = [one for each in parts for one in each.models or []], None
+    shared = [one.parameters for one in reversed(parts)]
+    for part in [part for one in parts for part in one.slices or []]:
         top, blocks = list(part.sources), part.sources[0].layer_range[1]
         shared.insert(0, part.parameters)
     references = [one.model for one in top]
@@ -215,11 +218,12 @@ def read_file(path: Path) -> MergekitFile:
     problems += [Problem("a model is named twice", name, got=str(one)) for one in twice]
     if found.base_model and found.base_model.lora:
         what = "the base has an adapter"
-        problems.append(Problem(what, f"{name}: base_model", got=str(found.base_model), remedy="fold it"))
+        remedy = fold(Path(found.base_model.lora))
+        problems.append(Problem(what, f"{name}: base_model", got=str(found.base_model), remedy=remedy))
     if problems:
         raise UserError(problems)
     dtype = found.out_dtype or found.dtype or "auto"
-    tokenizer = "base" if found.tokenizer_source or found.tokenizer else "auto"
+    tokenizer = found.tokenizer_source or found.tokenizer or ""
     return MergekitFile(name, found.merge_method, found.base_model, top, shared, dtype, blocks, tokenizer)
 
 
@@ -229,7 +233,7 @@ def _problem(detail: ErrorDetails, name: str) -> Problem:
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in above).lstrip(".")
     where = f"{name}: {place}" if place else name
     if detail["type"] == "extra_forbidden":
-        level: dict[str, type[_Level]] = {"models": Model, "sources": _Source, "slices": _Slice}
+        level: dict[str, type[_Level]] = {"models": Model, "sources": _Source, "slices": _Slice, "default": _Module}
         owner = level[next(part for part in reversed(above) if isinstance(part, str))] if above else _Content
         return unknown_key(str(key), list(owner.model_fields), where)
     if detail["type"] == "missing":

@@ -23,6 +23,10 @@ _CANCEL = "where weighted values cancel to 0 the merged value is 0; mergekit ele
 _MASKS = "--seed draws which values are dropped; mergekit draws its own"
 _NORM = ", and restores each tensor's L1 norm where the rest is divided by the density here, as in DARE's paper"
 _ANGLE = "residuals with a cosine above 0.9995, or of zero, are joined linearly; in mergekit only parallel ones are"
+_ROWS = (
+    "with a tokenizer's source mergekit cuts off the rows of embeddings that no token has, and starts tokens that the "
+    "base lacks from a mean; here all rows are merged as they are"
+)
 _RATIO = "in the same ratio at every depth"
 _ONE = Line(1.0, 1.0)
 Options = dict[str, OptionValue]
@@ -258,9 +262,13 @@ def _translation(
             remedy="fold it into its own model first: merge --as full",
         )
     policies = _named([one.lora or one.path for one in models])
+    # Inputs of one vocabulary are their own union; others are refused when the merge is made.
+    owners = {base: "base", "union": "auto", "": "auto"} | {place: name for name, place in policies.items()}
+    tokenizer = owners.get(file.tokenizer, file.tokenizer)
+    notes = [*notes, *([_ROWS] if file.tokenizer else [])]
     spec = MergeSpec(product.weights, product.schedule.first, product.schedule.beta, method, options)
     full = all(one.lora for one in models)
-    return Translation(base, policies, spec, file.dtype, full, file.blocks, tuple(notes), file.tokenizer)
+    return Translation(base, policies, spec, file.dtype, full, file.blocks, tuple(notes), tokenizer)
 
 
 def _named(places: Sequence[str]) -> dict[str, str]:

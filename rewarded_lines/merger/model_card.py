@@ -29,8 +29,6 @@ _LOADERS = {
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
-    "T5ForConditionalGeneration": ("AutoModelForSeq2SeqLM", ""),
-    "BartForConditionalGeneration": ("AutoModelForSeq2SeqLM", ""),
     "ForConditionalGeneration": ("AutoModelForImageTextToText", "image-text-to-text"),
 }
 
@@ -246,7 +244,12 @@ def _loader(plan: Plan) -> tuple[str, str]:
     """Return transformers' class that loads the model, and the Hub's task ("" if unsure)."""
     names = plan.base.config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    return next((row for end, row in _LOADERS.items() if name.endswith(end)), ("AutoModel", ""))
+    found = next((row for end, row in _LOADERS.items() if name.endswith(end)), None)
+    # Classes of this name without eyes read text or audio.
+    if found and not (name.endswith("ForConditionalGeneration") and "vision_config" not in plan.base.config):
+        return found
+    own = name.isidentifier() and "auto_map" not in plan.base.config
+    return name if own else "AutoModel", ""
 
 
 def _again(plan: Plan, spec: MergeSpec, settings: Mapping[str, Any], inputs: Mapping[str, InputCard]) -> list[str]:

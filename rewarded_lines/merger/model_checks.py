@@ -13,16 +13,17 @@ from typing import Any
 import blake3
 import numpy as np
 
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.families import HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.missing_weights import UNGATHERED
 from rewarded_lines.checkpoints.reader import Checkpoint, read_json_object
-from rewarded_lines.errors import Problem, UserError
+from rewarded_lines.errors import Problem, UserError, few, listed
 from rewarded_lines.folders import TRAINING_FILE
 from rewarded_lines.kernels.blocks import blocks_of
-from rewarded_lines.merger.config_checks import REMEDY, compare_configs, cut, of_text, resize
+from rewarded_lines.merger.config_checks import REMEDY, compare_configs, cut, resize
 
 SHOWN = 3
 # Fine-tuning changes weights little (cosine above .9, even after long training); runs from different
@@ -234,7 +235,8 @@ def recorded_base(folder: Path) -> str:
 
     For a base of the Hub, earlier versions recorded its id, which does not tell the weights.
     """
-    recorded = str(_read_if_there(folder / TRAINING_FILE).get("base_hash") or "")
+    path = folder / TRAINING_FILE
+    recorded = str((read_json_object(path) if os.path.lexists(path) else {}).get("base_hash") or "")
     return recorded if "/" not in recorded else ""
 
 
@@ -267,18 +269,6 @@ def sampled_cosine(first: Checkpoint, second: Checkpoint) -> float:
     return dot / norm if 0 < norm < math.inf else 1.0
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if os.path.lexists(path) else {}
-
-
 def some(names: Iterable[object]) -> str:
     """Return the first names, shortened, and the number of the others."""
-    listed = list(names)
-    rest = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(map(cut, listed[:SHOWN])) + rest
-
-
-def few(problems: list[Problem], where: str, shown: int, more: str = "more likewise") -> list[Problem]:
-    """Return the first `shown` problems, and one with the number of the others."""
-    rest = len(problems) - shown
-    return problems[:shown] + ([Problem(f"{rest} {more}", where)] if rest > 0 else [])
+    return listed(list(map(cut, names)), SHOWN)

@@ -13,7 +13,6 @@ from rewarded_lines.checkpoints.tensor_depth import Depths, with_declared_blocks
 from rewarded_lines.errors import Problem, UserError, fail
 from rewarded_lines.merger.adapter_checks import KEEP_APART, check_adapters, notes_on
 from rewarded_lines.merger.adapter_plan import AdapterPlan
-from rewarded_lines.merger.added_tokens import enlarge
 from rewarded_lines.merger.carried_files import choose_files
 from rewarded_lines.merger.carried_settings import AUTO
 from rewarded_lines.merger.input_names import depths_of, under_base_names
@@ -23,7 +22,7 @@ from rewarded_lines.merger.methods import METHODS
 from rewarded_lines.merger.model_checks import check, some
 from rewarded_lines.merger.model_plan import ModelPlan
 from rewarded_lines.merger.plan import DTYPES, Plan, choose
-from rewarded_lines.merger.tied_layers import changed_tensors, name_apart, settle
+from rewarded_lines.merger.tied_embeddings import changed_tensors, enlarge, name_apart, settle
 
 KINDS = ("auto", "full", "adapter")
 _RANK = "pass --as full, or --rank 64 for the nearest adapter of that rank"
@@ -35,33 +34,26 @@ def plan_as(
     policies: Mapping[str, str],
     method: str,
     *,
-    dtype: str = "auto",
     device: str = "cpu",
-    layers: str | None = None,
-    tower: str | None = None,
-    tokenizer: str = AUTO,
-    config_from: str = AUTO,
     rank: int | None = None,
+    **how: Any,
 ) -> Plan:
     """Return the plan of a merge into whole models ("full") or into adapters ("adapter"); refuse all faults at once.
 
-    "auto" means adapters if all policies are adapters. Only weighted sums give exact ones. `base` and `policies` are
-    folders or Hub ids; `layers` is the pattern of the block list, for unknown layouts; `tower` says what becomes of
-    other lists, e.g. `vision=flat`. `tokenizer` and `config_from` say whose files the output gets, see `choose_files`.
-    With a `rank`, "adapter" takes whole policies and any method, and keeps what that rank can hold.
+    "auto" means adapters if all policies are adapters. Only weighted sums give exact ones. With a `rank`, "adapter"
+    takes whole policies and any method, and keeps what that rank can hold. `how` are arguments of `plan_merge`.
     """
     choose("--as", kind, KINDS)
     if rank is not None and kind != "adapter":
         what = "a rank is that of an adapter"
         raise fail(what, where=f"--rank {rank}", got=f"--as {kind}", remedy="pass --as adapter, or leave --rank out")
-    how: dict[str, Any] = {"layers": layers, "tower": tower, "tokenizer": tokenizer, "config_from": config_from}
     if kind == "full" or (kind == "auto" and not all(map(names_adapter, policies.values()))):
-        return plan_merge(base, policies, dtype=dtype, device=device, **how)
+        return plan_merge(base, policies, device=device, **how)
     if device not in ("cpu", "auto"):
         what, remedy = "adapters are computed on the CPU", "leave --device out, or pass --as full"
         raise fail(what, where=f"--device {device}", got=f"--as {kind}", remedy=remedy)
     if rank is not None:
-        return LowRankPlan(plan_merge(base, policies, dtype=dtype, **how), rank)
+        return LowRankPlan(plan_merge(base, policies, **how), rank)
     sums = [name for name, row in METHODS.items() if row.sums]
     if method not in sums:
         raise fail(
@@ -71,7 +63,7 @@ def plan_as(
             remedy="pass --as full to fold the adapters into the base and merge whole models; "
             "or --as adapter --rank 64 for the nearest adapter",
         )
-    return plan_adapters(base, policies, dtype=dtype, **how)
+    return plan_adapters(base, policies, **how)
 
 
 def plan_merge(
@@ -85,18 +77,22 @@ def plan_merge(
     tokenizer: str = AUTO,
     config_from: str = AUTO,
 ) -> ModelPlan:
-    """Open base and policies, check that they fit together, and find every tensor's depth; see `plan_as`."""
+    """Open base and policies, check that they fit together, and find every tensor's depth.
+
+    Args:
+        base: folder or Hub id.
+        policies: likewise, by name.
+        dtype: one of `DTYPES`.
+        device: computes the merge; see `check_device`.
+        layers: the pattern of the block list, for unknown layouts.
+        tower: what becomes of other lists, e.g. `vision=flat`; see `find_depths`.
+        tokenizer: whose tokenizer the output gets; see `choose_files`.
+        config_from: likewise whose generation settings.
+    """
     choose("--dtype", dtype, DTYPES)
     check_device(device)
     problems: list[Problem] = []
-    with collected(problems):
-        origin = open_checkpoint(base, "base")
-    opened = _open_policies(policies, problems)
-    if problems:
-        raise UserError(problems)
-    renamed = under_base_names(origin, opened)
-    with collected(problems):
-        names, notes = _check_fit(origin, base, opened)
+    origin, opened, names, notes = open_whole(base, policies, problems)
     with collected(problems):
         carried = choose_files(origin, opened, tokenizer, config_from)
     if problems:
@@ -104,9 +100,29 @@ def plan_merge(
     depths = depths_of(names, origin.config, layers, tower)
     plan = ModelPlan(origin, opened, names, depths, dtype, device)
     plan.carried = carried
-    plan.notes += [*renamed, *notes, *carried.notes, *_on_depth(depths, names)]
+    plan.notes += [*notes, *carried.notes, *_on_depth(depths, names)]
     plan.reference, plan.references, plan.layers, plan.tower = base, dict(policies), layers, tower
     return plan
+
+
+def open_whole(
+    base: str, policies: Mapping[str, str], problems: list[Problem]
+) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter], list[str], list[str]]:
+    """Return base, policies by name, the tensors that they share, and notes; add what does not fit to `problems`.
+
+    Raises:
+        UserError: an input cannot be opened.
+    """
+    with collected(problems):
+        origin = open_checkpoint(base, "base")
+    opened = _open_policies(policies, problems)
+    if problems:
+        raise UserError(problems)
+    names, notes = list[str](), under_base_names(origin, opened)
+    with collected(problems):
+        names, more = _check_fit(origin, base, opened)
+        notes += more
+    return origin, opened, names, notes
 
 
 def plan_adapters(
@@ -119,7 +135,7 @@ def plan_adapters(
     tokenizer: str = AUTO,
     config_from: str = AUTO,
 ) -> AdapterPlan:
-    """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_as`.
+    """Open base and adapters, check that they fit together, and find the depth of every module; see `plan_merge`.
 
     A base with only its config.json is enough, unless policies save tensors whole.
     """

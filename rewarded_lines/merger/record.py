@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -37,14 +36,6 @@ def _numbers(value: Any) -> Any:
 
 
 Numbers = Annotated[Any, PlainValidator(_numbers)]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The merge in the checkpoint's merge.json."""
-
-    policies: tuple[str, ...]
-    merge: MergeSpec
 
 
 class RecordedInput(BaseModel):
@@ -152,16 +143,13 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def read_origin(folder: Path) -> Origin | None:
-    """Return the merge in merge.json, or None without a readable merge.json."""
-    path = folder / RECORD_FILE
-    if not path.is_file():
-        return None
+def read_origin(folder: Path) -> Record | None:
+    """Return the record in a folder's merge.json, or None without a readable one."""
     try:
-        record = read_json_object(path)
-        options = {name: str(value) for name, value in record.get("options", {}).items()}
-        return Origin(tuple(record["weights"]), MergeSpec.from_dict({**record, "options": options}))
-    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        record = read_record(folder / RECORD_FILE)
+        # A schedule is read only now.
+        return record if record.merge else None
+    except UserError:
         return None
 
 

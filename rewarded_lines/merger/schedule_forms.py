@@ -10,7 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from rewarded_lines.checkpoints.module_kinds import KINDS
+from rewarded_lines.checkpoints.families import KINDS
 from rewarded_lines.errors import Problem, UserError, did_you_mean, fail
 from rewarded_lines.merger.lines_schedule import Line, Outside, Schedule
 from rewarded_lines.options import split_named

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from rewarded_lines.checkpoints.dtypes import FLOATS
 from rewarded_lines.errors import printable
-from rewarded_lines.merger.inspection import InspectedTensor, Inspection, Level, Residual, Sum
+from rewarded_lines.merger.inspect import InspectedTensor, Inspection, Level, Residual, Sum
 from rewarded_lines.merger.lines_schedule import Schedule
-from rewarded_lines.merger.record import Origin
+from rewarded_lines.merger.record import Record
 
 Row = tuple[str, ...]
 
@@ -83,9 +83,9 @@ def _heading(found: Inspection) -> Iterator[str]:
     if found.origin:
         made = found.origin.merge
         method = ", ".join([made.method, *(f"{name} {value}" for name, value in made.options.items())])
-        named = zip(found.origin.policies, made.weights, strict=True)
-        weights = ", ".join(f"λ {weight:g} {name}" for name, weight in named)
-        yield printable(f"merged by {method}: {weights}; {made.schedule.text(found.origin.policies)}")
+        policies = list(found.origin.policies)
+        weights = ", ".join(f"λ {weight:g} {name}" for name, weight in zip(policies, made.weights, strict=True))
+        yield printable(f"merged by {method}: {weights}; {made.schedule.text(policies)}")
 
 
 def _notes(found: Inspection) -> Iterator[str]:
@@ -154,8 +154,8 @@ def _plain(value: Any) -> Any:
         return _plain(vars(value) | {"relative": value.relative, "share_changed": value.share_changed})
     if isinstance(value, Schedule):
         return value.as_dict() | {"outside": value.outside}
-    if isinstance(value, Origin):
-        return _plain(value.merge.as_dict(value.policies))
+    if isinstance(value, Record):
+        return _plain(value.merge.as_dict(list(value.policies)))
     if dataclasses.is_dataclass(value):
         return _plain(vars(value))
     if isinstance(value, Mapping):

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.evaluator.records import Run, load_run
 from rewarded_lines.folders import write_bytes, write_json
-from rewarded_lines.merger.inspect import inspect
-from rewarded_lines.merger.inspection import Inspection
+from rewarded_lines.merger.inspect import Inspection, inspect
 from rewarded_lines.progress import SILENT, Progress
 from rewarded_lines.references import located
 from rewarded_lines.reports.figures.depth_figure import run_depth_figure

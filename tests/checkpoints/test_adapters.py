@@ -5,10 +5,13 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from tiny_adapters import edit_settings, factors, load_adapter, save_adapter, settings_of
+from transformers import AutoModelForCausalLM
 
+from rewarded_lines import merge
 from rewarded_lines.checkpoints.adapter_config import match_patterns
 from rewarded_lines.checkpoints.adapters import Adapter, is_adapter
 from rewarded_lines.errors import UserError
@@ -165,6 +168,29 @@ def test_a_folder_with_both_is_ambiguous(tiny, plain):
     (plain / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="both an adapter and a whole model"):
         is_adapter(plain)
+
+
+def test_shards_that_transformers_writes(tiny):
+    """`save_pretrained` of transformers, not of PEFT: the index has the name of a whole model's."""
+    model = AutoModelForCausalLM.from_pretrained("sft")
+    model.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained("one")
+    model.save_pretrained("many", max_shard_size="20KB")
+    assert len(list((tiny / "many").glob("adapter_model-*"))) > 2
+    for name in ("one", "many"):
+        merge("sft", [name], 0.5, method="wise-ft", out=f"{name}-merged")
+    merged = [(tiny / f"{name}-merged/adapter_model.safetensors").read_bytes() for name in ("one", "many")]
+    assert merged[0] == merged[1]
+    (tiny / "many/adapter_model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(UserError, match="shards of the adapter are missing"):
+        Adapter(tiny / "many")
+
+
+def test_added_tokens_in_a_file_of_their_own(plain):
+    """Earlier versions of vLLM read them beside an adapter."""
+    save_file({"input_embeddings": torch.ones(2, 64)}, plain / "new_embeddings.safetensors")
+    with pytest.raises(UserError, match="rows for added tokens"):
+        Adapter(plain)
 
 
 def test_pickled_adapters_are_never_opened(plain):

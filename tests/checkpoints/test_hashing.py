@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_adapters import save_adapter
 
-from rewarded_lines.checkpoints import hashing, known_hashes
+from rewarded_lines.checkpoints import hashing
 from rewarded_lines.checkpoints.hashing import RunningHashes, file_hash, policy_hash, weights_hash
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.errors import UserError
@@ -59,11 +59,11 @@ def test_a_file_that_changed_is_hashed_anew(tmp_path):
 def processes(tmp_path, monkeypatch):
     """Return a function that forgets what this process knows, as a new process would, and lets files settle."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(known_hashes, "LARGE", 1)
-    monkeypatch.setattr(known_hashes, "_SETTLED_NS", -1)
+    monkeypatch.setattr(hashing, "LARGE", 1)
+    monkeypatch.setattr(hashing, "_SETTLED_NS", -1)
 
     def begin(reads=True):
-        monkeypatch.setattr(hashing, "KNOWN", known_hashes.KnownHashes())
+        monkeypatch.setattr(hashing, "KNOWN", hashing.KnownHashes())
         monkeypatch.setattr(hashing, "_read_and_hash", read if reads else never)
 
     read = hashing._read_and_hash
@@ -77,7 +77,7 @@ def test_large_files_are_hashed_once_for_all_processes(tmp_path, processes, monk
     pass_by(TensorFiles([path]))
     processes(reads=False)
     assert file_hash(path) == right and RunningHashes([TensorFiles([path])])._digests == {}
-    monkeypatch.setattr(known_hashes, "LARGE", 1 << 20)
+    monkeypatch.setattr(hashing, "LARGE", 1 << 20)
     processes(reads=False)
     with pytest.raises(AssertionError, match="read again"):
         file_hash(path)
@@ -87,7 +87,7 @@ def test_large_files_are_hashed_once_for_all_processes(tmp_path, processes, monk
 def test_a_change_is_found_by_another_process(tmp_path, processes, how, monkeypatch):
     path = write(tmp_path / "one.safetensors")
     if how == "just written":
-        monkeypatch.setattr(known_hashes, "_SETTLED_NS", 10**12)
+        monkeypatch.setattr(hashing, "_SETTLED_NS", 10**12)
     file_hash(path)
     status, changed = path.stat(), bytearray(path.read_bytes())
     changed[-1] ^= 1
@@ -126,9 +126,9 @@ def test_without_a_cache_files_are_hashed(tmp_path, processes, monkeypatch):
 def test_a_file_that_was_just_written_when_its_reading_began_is_not_kept(tmp_path, processes, monkeypatch):
     """Another write may have had the same time, however long the reading took."""
     path = write(tmp_path / "one.safetensors")
-    monkeypatch.setattr(known_hashes, "_SETTLED_NS", 10**12)
-    state = known_hashes.FileState.of(path)
-    monkeypatch.setattr(known_hashes, "_SETTLED_NS", -1)
+    monkeypatch.setattr(hashing, "_SETTLED_NS", 10**12)
+    state = hashing.FileState.of(path)
+    monkeypatch.setattr(hashing, "_SETTLED_NS", -1)
     hashing.KNOWN.keep(state, "0" * 64)
     hashing.KNOWN.keep_tensors(state, {"a": b"0"})
     processes()
@@ -144,7 +144,7 @@ def test_a_file_that_was_replaced_after_it_was_opened_is_refused(tmp_path, proce
 
 
 def test_file_systems_may_number_files_beyond_63_bits(tmp_path, processes):
-    state = dataclasses.replace(known_hashes.FileState.of(write(tmp_path / "one.safetensors")), inode=1 << 63)
+    state = dataclasses.replace(hashing.FileState.of(write(tmp_path / "one.safetensors")), inode=1 << 63)
     hashing.KNOWN.keep(state, "0" * 64)
     hashing.KNOWN.keep_tensors(state, {"a": b"0"})
     processes()

@@ -1,13 +1,16 @@
 """Folders without weights that can be read: what the error says, and that what it says works."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed.checkpoint as distributed
 from safetensors.torch import load_file
 from tiny_adapters import save_adapter
+from transformers import LlamaForSequenceClassification
 
 from rewarded_lines import merge
 from rewarded_lines.errors import UserError
@@ -45,6 +48,8 @@ def test_a_folder_of_the_hubs_cache(tiny):
         (["model-00001-of-00002.safetensors"], "copy model.safetensors.index.json there"),
         (["zero_to_fp32.py", "global_step9/zero_pp_rank_0.pt"], "some/zero_to_fp32.py some some-joined --safe_ser"),
         (["model-Q4_K_M.gguf"], "GGUF is for inference"),
+        (["onnx/model.onnx"], "ONNX is for inference"),
+        (["openvino_model.xml", "openvino_model.bin"], "OpenVINO is for inference"),
         (["pytorch_model.bin", "training_args.bin"], "got: pytorch_model.bin\n(?s:.)*from_pretrained"),
         (["model_world_size_2_rank_0.pt"], "convert it with the tool that wrote it"),
         (["training_args.bin", "optimizer.pt", "rng_state_0.pth", "scheduler.pt"], "no weights there"),
@@ -53,6 +58,29 @@ def test_a_folder_of_the_hubs_cache(tiny):
 def test_what_lies_there_instead(tiny, files, said):
     found = refused("some", *files)
     assert pytest.raises(UserError, merge, "sft", ["some"], 1, out="out").match(said), found
+
+
+def test_a_file_for_inference(tiny):
+    Path("model-Q4_K_M.gguf").write_text("x")
+    with pytest.raises(UserError, match=r"is a file\n(?s:.)*GGUF is for inference"):
+        merge("sft", ["model-Q4_K_M.gguf"], 1, out="out")
+
+
+def test_pickled_weights_are_converted_by_their_own_class(tiny):
+    """A reward model loaded as a causal one would lose its head without a word."""
+    model = LlamaForSequenceClassification.from_pretrained("sft", num_labels=1)
+    model.config.architectures = ["LlamaForSequenceClassification"]
+    for name in ("base", "one"):
+        model.config.save_pretrained(name)
+        torch.save(model.state_dict(), f"{name}/pytorch_model.bin")
+        said = refused(name)
+        (command,) = shlex.split(said.partition("convert it by python -c ")[2].partition("; and copy")[0])
+        exec(compile(command, "remedy", "exec"), {})  # noqa: S102
+    merge("base-safetensors", ["one-safetensors"], 1, out="merged", beta=0)
+    assert load_file("merged/model.safetensors")["score.weight"].equal(model.score.weight)
+    (tiny / "lora").mkdir()
+    Path("lora/adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "SEQ_CLS"}')
+    assert "AutoPeftModelForSequenceClassification" in refused("lora", "adapter_model.bin")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rewarded_lines.checkpoints.adapter_config import AdapterConfig
-from rewarded_lines.checkpoints.target_parameters import outermost_first, paths_of, targets_of
+from rewarded_lines.checkpoints.low_rank import outermost_first, paths_of, targets_of
 from rewarded_lines.errors import UserError
 
 EXPERTS = "model.layers.0.mlp.experts"

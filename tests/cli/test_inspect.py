@@ -7,7 +7,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from rewarded_lines import inspect
+from rewarded_lines import inspect, merge
 
 
 def rows(text):
@@ -91,9 +91,8 @@ def test_json_has_null_for_what_is_not_finite(cli, tiny):
 
 
 def test_names_from_a_file_do_not_steer_the_terminal(cli, tiny):
-    made = {"method": "soup", "weights": {"\x1b[2J[red]first": 1}, "alpha": 1, "beta": 1}
-    (tiny / "first/merge.json").write_text(json.dumps(made))
-    answer = cli("inspect", "first")
+    merge("sft", {"\x1b[2J[red]first": "first"}, 1, out="merged")
+    answer = cli("inspect", "merged")
     assert answer.code == 0 and "\x1b" not in answer.out and r"λ 1 \x1b[2J[red]first" in answer.out
 
 

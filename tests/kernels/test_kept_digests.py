@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rewarded_lines.checkpoints import hashing, known_hashes
+from rewarded_lines.checkpoints import hashing
 from rewarded_lines.checkpoints.dtypes import F32
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.reader import TensorFiles
@@ -20,7 +20,7 @@ def write(path, last=0.0):
 
 def digests(path, monkeypatch, reads=True):
     """Return the digests of both tensors, as another process gets them."""
-    monkeypatch.setattr(hashing, "KNOWN", known_hashes.KnownHashes())
+    monkeypatch.setattr(hashing, "KNOWN", hashing.KnownHashes())
     source = TensorFiles([path])
     monkeypatch.setattr(source, "read_into", source.read_into if reads else None)
     facts = Facts(source, [source], ["a", "b"])
@@ -31,8 +31,8 @@ def digests(path, monkeypatch, reads=True):
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(known_hashes, "LARGE", 1)
-    monkeypatch.setattr(known_hashes, "_SETTLED_NS", -1)
+    monkeypatch.setattr(hashing, "LARGE", 1)
+    monkeypatch.setattr(hashing, "_SETTLED_NS", -1)
     write(tmp_path / "one.safetensors")
     return tmp_path / "one.safetensors"
 

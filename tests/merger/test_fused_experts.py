@@ -170,6 +170,15 @@ def test_fused_and_separate_experts_do_not_make_one_adapter_but_a_model(here):
     check(kind, "base", ["one", "old"], (0.3, 0.7), "out", folded=True)
 
 
+def test_a_rank_that_gives_fewer_experts_than_the_base_has(here):
+    """PEFT itself writes such settings where a `rank_pattern` meets the fused experts of a Mixtral."""
+    save_two(here, build("Mixtral", num_local_experts=4), target_modules="all-linear")
+    rank = settings_of(here / "one")["r"]
+    edit_settings(here / "one", rank_pattern={"down_proj": 2 * rank})
+    with pytest.raises(UserError, match="with 2 experts"):
+        merge("base", ["one"], 1, as_="full", out="out")
+
+
 def test_parameters_that_the_settings_do_not_name(here):
     save_two(here, build("Qwen3Moe"), target_modules="all-linear")
     edit_settings(here / "one", target_parameters=["gate.weight", "gate_up_proj"])

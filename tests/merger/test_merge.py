@@ -40,20 +40,6 @@ def test_merge_equals_the_formula(tiny):
         assert ((out[name].double() - exact).abs() <= exact.abs() * 2.0**-24 * (1 + 2.0**-20)).all(), name
 
 
-@pytest.mark.parametrize(("lam", "name"), [(1, "first"), (0, "second")])
-def test_endpoints_bit_for_bit(tiny, lam, name):
-    merge("sft", ["first", "second"], lam, beta=0, out="out")
-    assert (tiny / "out/model.safetensors").stat().st_size == (tiny / name / "model.safetensors").stat().st_size
-    merged, policy = weights(tiny / "out"), weights(tiny / name)
-    assert all(torch.equal(merged[key].view(torch.int32), policy[key].view(torch.int32)) for key in policy)
-
-
-def test_scale_zero_gives_the_base(tiny):
-    merge("sft", ["first", "second"], 0.4, alpha=0, beta=0, out="out")
-    base, merged = weights(tiny / "sft"), weights(tiny / "out")
-    assert all(torch.equal(merged[key], base[key]) for key in base)
-
-
 def test_merged_folder_loads_and_tells_its_origin(tiny):
     before = snapshot(tiny)
     merge("sft", {"one": "first", "two": "second"}, 0.5, out="out")
@@ -113,17 +99,6 @@ def test_shards_in_and_out_do_not_change_a_bit(tiny):
     AutoModelForCausalLM.from_pretrained("cut")
 
 
-def test_threads_do_not_change_a_bit(tiny):
-    merge("sft", ["first", "second"], 0.37, out="two")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        merge("sft", ["first", "second"], 0.37, out="one")
-    finally:
-        torch.set_num_threads(threads)
-    assert (tiny / "one/model.safetensors").read_bytes() == (tiny / "two/model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_inputs_and_outputs(tiny, dtype):
     kind = getattr(torch, dtype)
@@ -162,14 +137,6 @@ def test_mixed_types_keep_the_widest(tiny):
     # Loaded in the type of the config, no bit is lost.
     loaded = AutoModelForCausalLM.from_pretrained("out", dtype="auto").state_dict()
     assert all(torch.equal(loaded[name], policy[name]) for name in policy)
-
-
-def test_one_policy_is_single_task_lines(tiny):
-    merge("sft", ["first"], 1, alpha=0.25, beta=0.75, out="out")
-    base, first, out = (weights(tiny / name) for name in ("sft", "first", "out"))
-    name = "model.layers.0.mlp.up_proj.weight"
-    difference = first[name].double() - base[name].double()
-    assert torch.equal(out[name], (base[name].double() + 0.25 * difference).float())
 
 
 def test_dry_run_writes_nothing(tiny):

@@ -152,6 +152,28 @@ SAME = {
         ),
         f"{BASE} --lam 0.3 --beta 0 --dtype bfloat16 --tokenizer base",
     ),
+    "a card that mergekit wrote": (
+        said(
+            "base_model: sft",
+            "merge_method: task_arithmetic",
+            "modules:",
+            "  default:",
+            "    parameters: {weight: 0.7}",
+            "    slices:",
+            "    - sources:",
+            "      - {model: first, layer_range: [0, 4], parameters: {weight: 0.3}}",
+            "      - {model: second, layer_range: [0, 4]}",
+            "      - {model: sft, layer_range: [0, 4]}",
+            "parameters: {int8_mask: 1.0, normalize: 0.0, weight: 2}",
+            "tokenizer_source: union",
+            "chat_template: auto",
+        ),
+        f"{BASE} --lam 0.3 --beta 0",
+    ),
+    "a policy's tokenizer": (
+        said("merge_method: task_arithmetic", "base_model: sft", f"models: {TWO}", "tokenizer: {source: first}"),
+        f"{BASE} --lam 0.3 --beta 0 --tokenizer first",
+    ),
 }
 
 
@@ -197,6 +219,7 @@ def refused(text: str, folder, **options) -> str:
 
 
 TASK = said("merge_method: task_arithmetic", "base_model: sft")
+SOURCE = "{model: first, layer_range: [0, 4]}"
 REFUSED = {
     "a key that is none": (TASK + f"models: {TWO}\nout_dtyp: float16\n", "did you mean `out_dtype`?"),
     "a parameter that is none": (TASK + models("wieght: 1", "weight: 1"), "did you mean `weight`?"),
@@ -212,8 +235,13 @@ REFUSED = {
         "no λ with a LiNeS schedule",
     ),
     "a switch that is none": (TASK + f"models: {TWO}\nparameters: {{normalize: perhaps}}\n", "no switch"),
-    "two lists of models": (TASK + f"models: {TWO}\nslices: [{{}}]\n", "two lists of them"),
-    "modules": (TASK + "modules: {text: {}}\n", "`modules:` has no counterpart"),
+    "two lists of models": (TASK + f"models: {TWO}\nslices: [{{sources: [{SOURCE}]}}]\n", "two lists of them"),
+    "modules": (TASK + "modules: {text: {}}\n", "'default'"),
+    "a parameter at the top's place": (
+        TASK + f"models: {TWO}\nparameters: {{dtype: float16}}\n",
+        "the top level, beside",
+    ),
+    "a base with an adapter": (said("merge_method: ties", "base_model: a+b", f"models: {TWO}"), "--policy b --lam 1"),
     "a model twice": (TASK + "models: [{model: first}, {model: first}]\n", "named twice"),
     "a revision": (TASK + "models: [{model: me/mine@v2}]\n", "MODEL@REVISION"),
     "an adapter on another model": (
@@ -225,9 +253,11 @@ REFUSED = {
         "the slice is not of whole models",
     ),
     "two slices": (TASK + "slices: [{sources: []}, {sources: []}]\n", "not one slice"),
-    "tokenizers joined": (TASK + f"models: {TWO}\ntokenizer_source: union\n", "tokenizers are not merged"),
-    "tokens added": (TASK + f"models: {TWO}\ntokenizer: {{source: base, tokens: {{}}}}\n", "tokenizers are not merged"),
-    "a chat template": (TASK + f"models: {TWO}\nchat_template: auto\n", "takes the chat template of base or policies"),
+    "tokens added": (TASK + f"models: {TWO}\ntokenizer: {{source: base, tokens: {{}}}}\n", "not chosen one by one"),
+    "a chat template": (
+        TASK + f"models: {TWO}\nchat_template: chatml\n",
+        "takes the chat template of base or policies",
+    ),
     "float64": (TASK + f"models: {TWO}\ndtype: float64\n", "not a type to write"),
     "no base": (said("merge_method: ties", f"models: {TWO}"), "no `base_model`"),
     "only the base": (TASK + "models: [{model: sft}]\n", "no model beside the base"),
@@ -290,9 +320,9 @@ def test_what_has_no_counterpart_is_refused(name, tmp_path):
 
 
 def test_all_faults_of_a_file_are_told_together(tmp_path):
-    text = said("merge_method: task_arithmetic", "base_modle: sft", f"models: {TWO}", "tokenizer_source: union")
+    text = said("merge_method: task_arithmetic", "base_modle: sft", f"models: {TWO}", "chat_template: chatml")
     found = refused(text, tmp_path)
-    assert "base_modle" in found and "tokenizers are not merged" in found
+    assert "base_modle" in found and "takes the chat template" in found
 
 
 def test_options_that_the_file_decides_are_refused_beside_it(tiny, cli):

@@ -51,6 +51,27 @@ def test_what_is_not_known_is_left_out(family):
     assert str(family) not in text
 
 
+@pytest.mark.parametrize(
+    ("config", "loader", "task"),
+    [
+        ({"architectures": ["Qwen2AudioForConditionalGeneration"]}, "Qwen2AudioForConditionalGeneration", None),
+        (
+            {"architectures": ["Mistral3ForConditionalGeneration"], "vision_config": {}},
+            "AutoModelForImageTextToText",
+            "image-text-to-text",
+        ),
+        ({"architectures": ["MineModel"], "auto_map": {}}, "AutoModel", None),
+    ],
+)
+def test_the_class_that_loads_it(family, config, loader, task):
+    """Most classes named ForConditionalGeneration read text or audio, and have no automatic class in common."""
+    for name in ("sft", "first", "second"):
+        path = family / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    data, text = make(family)
+    assert f"from transformers import {loader}\n" in text and data.pipeline_tag == task
+
+
 def test_one_licence_for_all(family):
     for name in ("sft", "first", "second"):
         write_card(family / name, "license: apache-2.0\nlanguage: [en, no]\ndatasets: org/prompts")

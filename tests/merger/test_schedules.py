@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_adapters import changes, load_adapter, save_adapter
 
 from rewarded_lines import merge
-from rewarded_lines.checkpoints.module_kinds import kind_of
+from rewarded_lines.checkpoints.families import kind_of
 from rewarded_lines.kernels.gpu_blocks import DeviceWorkspace
 from rewarded_lines.merger.lines_schedule import Line
 from rewarded_lines.merger.open_inputs import plan_as

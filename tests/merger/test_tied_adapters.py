@@ -97,6 +97,19 @@ def test_what_changes_them_apart_is_untied(tiny, kind):
     assert {HEAD, EMBEDDINGS} <= set(load_file("full/model.safetensors"))
 
 
+def test_a_config_that_ties_in_the_section_of_the_text_alone(tiny):
+    """Before version 5 transformers wrote so for LLaVA over a tied text model: its class reads both."""
+    save_adapter(tiny / "sft", tiny / "one", 1, **APART["embeddings"])
+    config = json.loads((tiny / "sft/config.json").read_text())
+    said = {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}
+    (tiny / "sft/config.json").write_text(json.dumps(config | said))
+    start = load_file("sft/model.safetensors")[EMBEDDINGS]
+    merge("sft", ["one"], 0.5, method="wise-ft", as_="full", out="out")
+    found, config = load_file("out/model.safetensors"), json.loads((tiny / "out/config.json").read_text())
+    assert torch.equal(found[HEAD], start) and not torch.equal(found[EMBEDDINGS], start)
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+
+
 def test_policies_of_several_kinds(tiny):
     """One changes both alike, one replaces rows of both, one changes the head alone, one is a whole model."""
     save_adapter(tiny / "sft", tiny / "one", 1, **TIED["low-rank"])

@@ -9,7 +9,7 @@ import math
 import pytest
 from rich.console import Console
 
-from rewarded_lines.merger.inspection import InspectedTensor, Inspection, Level, Residual, Sum
+from rewarded_lines.merger.inspect import InspectedTensor, Inspection, Level, Residual, Sum
 from rewarded_lines.merger.lines_schedule import Schedule
 from rewarded_lines.reports.inspection_tables import as_dict, on_terminal
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rewarded_lines.merger.compare_policies import RANKS, Comparison
-from rewarded_lines.merger.inspection import Inspection, Level
+from rewarded_lines.merger.inspect import Inspection, Level
 from rewarded_lines.merger.lines_schedule import Line, Schedule, lines_scale
 from rewarded_lines.merger.methods import MOD
 from rewarded_lines.reports.comparison_tables import AGREEMENT, COSINE, OVERLAP, spread

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rewarded_lines.errors import UserError
-from rewarded_lines.merger.inspection import Inspection, Level, Residual, Sum
+from rewarded_lines.merger.inspect import Inspection, Level, Residual, Sum
 from rewarded_lines.merger.lines_schedule import Line, Schedule
 from rewarded_lines.reports.figures.depth_figure import depth_figure
 from rewarded_lines.reports.figures.figure_style import check_figure_file, figure_bytes, write_figure

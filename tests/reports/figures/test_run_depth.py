@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from rewarded_lines.merger.inspection import Inspection, Level, Residual, Sum
+from rewarded_lines.merger.inspect import Inspection, Level, Residual, Sum
 from rewarded_lines.merger.lines_schedule import Line, Schedule
 from rewarded_lines.reports.figures.depth_figure import run_depth_figure, schedules
 from rewarded_lines.reports.summary import Summary

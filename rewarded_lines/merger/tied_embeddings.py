@@ -1,4 +1,4 @@
-"""Head and embeddings that are one tensor in the base: changes that keep it one, and bases where each gets its own."""
+"""Head and embeddings: one tensor in tied bases, or one for each; and vocabularies enlarged before training."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from rewarded_lines.checkpoints.adapters import Adapter
+from rewarded_lines.checkpoints.block_counts import of_text
 from rewarded_lines.checkpoints.dtypes import as_float64
 from rewarded_lines.checkpoints.families import TIED_HEADS, TOKEN_EMBEDDINGS
 from rewarded_lines.checkpoints.headers import TensorInfo
 from rewarded_lines.checkpoints.low_rank import LowRank
 from rewarded_lines.checkpoints.reader import Checkpoint, TensorFiles
 from rewarded_lines.kernels.blocks import blocks_of
+from rewarded_lines.merger.lora_folding import Base
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _OTHER_TIED_MODELS = ("ForMaskedLM", "ForPreTraining")
@@ -153,11 +155,14 @@ def _architectures(base: Checkpoint) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _ties(base: Checkpoint) -> object:
-    """Return what the config says of tied embeddings; vision-language models say it in `text_config`, too."""
-    text = base.config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    return base.config.get("tie_word_embeddings", inner)
+def _ties(base: Checkpoint) -> bool | None:
+    """Return whether the config ties head and embeddings, None if it does not say.
+
+    Earlier versions of transformers said so in the `text_config` of LLaVA and Qwen2.5-VL, and false beside it.
+    """
+    sections = [base.config, base.config.get("text_config")]
+    said = [one.get("tie_word_embeddings") for one in sections if isinstance(one, Mapping)]
+    return True if True in said else False if False in said else None
 
 
 def _untie(base: Checkpoint) -> None:
@@ -217,3 +222,57 @@ def _transposes(adapter: Adapter, head: LowRank, embeddings: LowRank) -> bool:
 
 def _read(adapter: Adapter, info: TensorInfo) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     return as_float64(adapter.read(info.name)).reshape(info.shape)
+
+
+def enlarge(base: Base, adapters: Mapping[str, Adapter]) -> list[str]:
+    """Give the base the rows for added tokens that all adapters have alike; return a note.
+
+    Rows that differ from one adapter to another have no start in common, so those are left for the checks to refuse.
+    """
+    found = list(adapters.values())
+    shared = {name: info for name, info in found[0].copies.items() if _added(base, name, info)} if found else {}
+    alike = (
+        name in other.copies and same_values(found[0], info, other, other.copies[name])
+        for other in found[1:]
+        for name, info in shared.items()
+    )
+    if not shared or not all(alike):
+        return []
+    if not all(_starts_as(base, _name(base, name), found[0], info) for name, info in shared.items()):
+        return []
+    base.borrow(found[0], {_name(base, name): info for name, info in shared.items()})
+    rows = next(iter(shared.values())).shape[0]
+    before, text = of_text(base.config, "vocab_size"), base.config.get("text_config")
+    if isinstance(text, Mapping) and "vocab_size" in text:
+        base.config = {**base.config, "text_config": {**text, "vocab_size": rows}}
+    else:
+        base.config = {**base.config, "vocab_size": rows}
+    for adapter in found:
+        adapter.before, adapter.enlarged = int(before), {name: adapter.copies.pop(name) for name in shared}
+    return [f"the vocabulary grows from {before} to {rows} tokens: all policies have the same rows for the added ones"]
+
+
+def _added(base: Base, name: str, info: TensorInfo) -> bool:
+    """True if an adapter's copy of the base's embeddings or head has more rows than the base."""
+    rows, stored = of_text(base.config, "vocab_size"), _name(base, name)
+    if stored in base.tensors:
+        rows = base.tensors[stored].shape[0]
+        if base.tensors[stored].shape[1:] != info.shape[1:]:
+            return False
+    return len(info.shape) == 2 and isinstance(rows, int) and info.shape[0] > rows
+
+
+def _starts_as(base: Base, name: str, adapter: Adapter, info: TensorInfo) -> bool:
+    """True if an adapter's copy begins with the base's own rows."""
+    stored = base.tensors.get(name)
+    if stored is None:
+        return True
+    pairs = (
+        (as_float64(base.read(name, *block)), as_float64(adapter.read(info.name, *block)))
+        for block in blocks_of(stored.elements)
+    )
+    return all(np.array_equal(*pair) for pair in pairs)
+
+
+def _name(base: Base, name: str) -> str:
+    return (stored_name(base, name) if isinstance(base, Checkpoint) else None) or name
