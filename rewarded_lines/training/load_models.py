@@ -280,16 +280,12 @@ def _load(kind: Any, reference: str, what: str, **arguments: Any) -> Any:
             f"the {what} cannot be reached" if network else f"the {what} cannot be loaded",
             where=reference,
             got=f"{type(error).__name__}: {message[:_LONGEST_MESSAGE]}",
-            remedy=_remedy(message, network),
+            remedy="check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local folder"
+            if network
+            else "name a model of a class that transformers has: the code in a model's folder is not run here"
+            if "trust_remote_code" in message
+            else "",
         ) from error
-
-
-def _remedy(message: str, network: bool) -> str:
-    if network:
-        return "check the network (HF_HUB_OFFLINE, HF_ENDPOINT), or name a local folder"
-    if "trust_remote_code" in message:
-        return "name a model of a class that transformers has: the code in a model's folder is not run here"
-    return ""
 
 
 def _try_quantized(bnb: Any, four_bits: bool) -> None:
