@@ -24,6 +24,8 @@ from rewarded_lines.pareto.bootstrap import present_mean
 
 # An interval needs two prompts.
 FEWEST = 2
+# More responses that do not end may be what the user wants.
+_MUCH_CUT = 0.5
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,27 @@ def too_few(
         for name, count in scored.items()
         if count < FEWEST
     ]
+
+
+def doubts(point: object, scores: Mapping[str, NDArray[np.float64]], ended: NDArray[np.bool_], most: int) -> list[str]:
+    """Return what makes a point's scores doubtful: rewards with one score for all, responses cut off at `most` tokens.
+
+    Args:
+        point: names it, usually the SFT model's.
+        scores: of the rewards that should tell its responses apart.
+        ended: whether each response ended by itself.
+        most: the token limit of a response.
+    """
+    there = {name: values[~np.isnan(values)] for name, values in scores.items()}
+    notes = [
+        f"reward `{name}` gives every response of {point} the score {values[0]:g}, so it tells nothing apart yet: "
+        "check the function, the columns that it reads, and the prompts"
+        for name, values in there.items()
+        if len(values) > 1 and values.min() == values.max()
+    ]
+    if (cut := 1 - float(np.mean(ended))) > _MUCH_CUT:
+        notes.append(
+            f"{cut:.0%} of the responses of {point} are cut off after {most} tokens, and rewards read them so; "
+            "`generation: {max_tokens: …}` allows more"
+        )
+    return notes

@@ -11,12 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
-
 from rewarded_lines.config import SFT, decides
 from rewarded_lines.data.prompts import Prompt
 from rewarded_lines.errors import UserError, changed, differences, fail
 from rewarded_lines.evaluator.evaluate import LocalEvaluator
+from rewarded_lines.evaluator.missing_scores import doubts
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.ray_cluster import RayEvaluator
 from rewarded_lines.evaluator.recorded_choices import CHOICES_FILE
@@ -161,10 +160,12 @@ class RunFolder:
         """Make the missing points and write `run.json` with an account of the work; see `write`."""
         self.write(specs, added, tuned)
         self.fill(self.setup, specs)
+        most = self.setup.generation.max_tokens
         # One that compares with the SFT model gives it a tie everywhere.
         telling = [name for name, reward in self.setup.rewards.items() if not reward.reads_sft]
-        sft = self.fill(self.setup, [spec for spec in specs if spec.method == SFT])
-        self.setup.told.extend(note for point in sft for note in _same_scores(point, telling))
+        for point in self.fill(self.setup, [spec for spec in specs if spec.method == SFT]):
+            scores = {name: point.scores[name] for name in telling}
+            self.setup.told.extend(doubts(point.spec, scores, point.ended, most))
         self.progress.start("closing the run")
         total = time.perf_counter() - self._started
         seconds = {name: round(value, 3) for name, value in {**self.evaluator.seconds(), "total": total}.items()}
@@ -182,17 +183,6 @@ class RunFolder:
             # A run may be killed after it wrote the record and before it removed the draft.
             draft_path(self.folder, key).unlink(missing_ok=True)
         return key in self._there
-
-
-def _same_scores(point: Point, names: Sequence[str]) -> list[str]:
-    """Return a note on each reward of `names` that gives all responses of a point one score."""
-    there = {name: point.scores[name][~np.isnan(point.scores[name])] for name in names}
-    return [
-        f"reward `{name}` gives every response of {point.spec} the score {values[0]:g}, so it tells nothing apart yet: "
-        "check the function, the columns that it reads, and the prompts"
-        for name, values in there.items()
-        if len(values) > 1 and values.min() == values.max()
-    ]
 
 
 @contextmanager

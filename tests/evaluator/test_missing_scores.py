@@ -17,7 +17,7 @@ from invented_runs import synthetic_run
 from rewarded_lines import choose, search, sweep
 from rewarded_lines.errors import UserError
 from rewarded_lines.evaluator import evaluate, records
-from rewarded_lines.evaluator.missing_scores import Missing
+from rewarded_lines.evaluator.missing_scores import Missing, doubts
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Point, Run, load_run, read_point, whole_point, write_point
 from rewarded_lines.merger.spec import MergeSpec
@@ -58,6 +58,14 @@ def run(tmp_path) -> Run:
         "sweep": {"resamples": RESAMPLES},
     }
     return Run(tmp_path, header, [invented(spec, seed) for seed, spec in enumerate(SPECS)])
+
+
+def test_what_makes_scores_doubtful_is_told():
+    values, ended = {"a": np.array([1.0, NAN, 2.0]), "b": np.array([3.0, NAN, 3.0])}, np.array([False, True, False])
+    constant, cut = doubts("sft", values, ended, 64)
+    assert constant.startswith("reward `b` gives every response of sft the score 3")
+    assert cut.startswith("67% of the responses of sft are cut off after 64 tokens")
+    assert doubts("sft", {"a": values["a"]}, ~ended, 64) == []
 
 
 def by_prompt(scores) -> list[float | None]:
