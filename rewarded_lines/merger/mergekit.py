@@ -58,7 +58,8 @@ def merge_like_mergekit(
     asked = read_mergekit(path, base=base, seed=seed)
     spec = asked.merge
     arguments = {
-        **{"alpha": spec.alpha, "beta": spec.beta, "method": spec.method, "options": spec.options},
+        **spec.schedule.as_dict(list(asked.policies)),
+        **{"method": spec.method, "options": spec.options},
         **{"dtype": asked.dtype, "as_": "full", "extrapolate": spec.extrapolates, **how},
     }
     if how.get("tokenizer", "auto") == "auto":

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from rewarded_lines.errors import Problem, UserError, fail
+from rewarded_lines.merger.lines_schedule import Line as ScheduleLine
 from rewarded_lines.merger.mergekit_file import MergekitFile, Reference
 from rewarded_lines.merger.mergekit_gradients import Line, Product, factor, multiply, normalized, total
 from rewarded_lines.merger.method_row import OptionValue
@@ -75,14 +76,19 @@ def _linear(file: MergekitFile) -> Translation:
     kept = [index for index, one in enumerate(file.inputs) if one.model.lora or one.model.path != origin]
     if not kept:
         raise file.fault("one model: there is nothing to merge", expected="two models or more")
-    product = factor([shares[index] for index in kept])
-    if product is None:
-        raise _no_schedule(file, weights)
+    lines = [shares[index] for index in kept]
+    file = replace(file, base=Reference(origin), inputs=[file.inputs[index] for index in kept])
     note = f"mergekit sums the models themselves; over {origin} as the base it is the same number"
-    return _soup(replace(file, base=Reference(origin), inputs=[file.inputs[at] for at in kept]), product, [note])
+    product = factor(lines)
+    return _apart(file, lines, [note]) if product is None else _soup(file, product, [note])
 
 
 def _task_arithmetic(file: MergekitFile) -> Translation:
+    lines = _coefficients(file)
+    if lines and factor(lines) is None:
+        scaled = [scaled for line in lines if (scaled := multiply(line, file.line("lambda", 1.0)))]
+        if len(scaled) == len(lines):
+            return _apart(file, scaled, [])
     return _soup(file, _scaled(file, _sum_of_residuals(file)), [])
 
 
@@ -175,13 +181,18 @@ def _joined(file: MergekitFile, elect: bool, mean: bool = False) -> tuple[Produc
     return _scaled(file, Product(product.weights, _ONE if mean else product.schedule)), "mean" if mean else "sum"
 
 
-def _sum_of_residuals(file: MergekitFile) -> Product:
-    """Return λ and the schedule of Σ wᵢτᵢ, or of Σ wᵢτᵢ / Σ wᵢ."""
+def _coefficients(file: MergekitFile) -> Sequence[Line] | None:
+    """Return cᵢ of Σ cᵢτᵢ, which is Σ wᵢτᵢ or Σ wᵢτᵢ / Σ wᵢ; None if these are no lines."""
     weights = [file.line("weight", of=one) for one in file.policies]
-    lines = normalized(weights) if file.flag("normalize", False) else weights
+    return normalized(weights) if file.flag("normalize", False) else weights
+
+
+def _sum_of_residuals(file: MergekitFile) -> Product:
+    """Return λ and the one schedule of `_coefficients`."""
+    lines = _coefficients(file)
     product = factor(lines) if lines else None
     if product is None:
-        raise _no_schedule(file, weights)
+        raise _no_schedule(file, [file.line("weight", of=one) for one in file.policies])
     return product
 
 
@@ -249,18 +260,21 @@ def _soup(file: MergekitFile, product: Product, notes: list[str]) -> Translation
     return _translation(file, product, method, {}, notes)
 
 
+def _apart(file: MergekitFile, lines: Sequence[Line], notes: list[str]) -> Translation:
+    """Return Σ cᵢ(t)·τᵢ whose ratios change with depth: λ is 1, and each policy has a schedule of its own."""
+    found = _translation(file, Product((1.0,) * len(lines), _ONE), "task-arithmetic", {}, notes)
+    own = tuple(ScheduleLine(line.first, line.beta) for line in lines)
+    return replace(found, merge=replace(found.merge, lines=own))
+
+
 def _translation(
     file: MergekitFile, product: Product, method: str, options: Options, notes: Sequence[str]
 ) -> Translation:
     base, models = file.base.path if file.base else "", [one.model for one in file.policies]
     if wrong := [one for one in models if one.lora and one.path != base]:
-        raise fail(
-            "an adapter on another model than the base",
-            where=file.path,
-            expected=f"{base}+{wrong[0].lora}",
-            got=str(wrong[0]),
-            remedy="fold it into its own model first: merge --as full",
-        )
+        what, expected = "an adapter on another model than the base", f"{base}+{wrong[0].lora}"
+        remedy = "fold it into its own model first: merge --as full"
+        raise fail(what, where=file.path, expected=expected, got=str(wrong[0]), remedy=remedy)
     policies = _named([one.lora or one.path for one in models])
     # Inputs of one vocabulary are their own union; others are refused when the merge is made.
     owners = {base: "base", "union": "auto", "": "auto"} | {place: name for name, place in policies.items()}

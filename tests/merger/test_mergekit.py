@@ -27,6 +27,7 @@ def models(*settings: str) -> str:
     return f"models: [{', '.join(entries)}]"
 
 
+CROSSED = [("sft", "[0, 0.5]"), ("first", "[0.75, 0.25]"), ("second", "0.25")]
 SAME = {
     "linear over the SFT model": (
         said(
@@ -170,6 +171,22 @@ SAME = {
         ),
         f"{BASE} --lam 0.3 --beta 0",
     ),
+    "gradients against each other": (
+        said(
+            "merge_method: task_arithmetic",
+            "base_model: sft",
+            models("weight: [0, 0.5, 1]", "weight: [0.75, 0.25]"),
+            "parameters: {lambda: 2}",
+        ),
+        f"{BASE} --lam 1,1 --alpha first=0 --alpha second=1.5 --beta first=2 --beta second=-1 --method task-arithmetic",
+    ),
+    "linear, from one model to the other": (
+        said(
+            "merge_method: linear", "models:", *(f"- {{model: {n}, parameters: {{weight: {w}}}}}" for n, w in CROSSED)
+        ),
+        "--base sft --policy first --policy second --lam 1,1 --alpha first=0.75 --alpha second=0.25"
+        " --beta first=-0.5 --beta second=0 --method task-arithmetic",
+    ),
     "a policy's tokenizer": (
         said("merge_method: task_arithmetic", "base_model: sft", f"models: {TWO}", "tokenizer: {source: first}"),
         f"{BASE} --lam 0.3 --beta 0 --tokenizer first",
@@ -186,7 +203,15 @@ def test_a_file_comes_to_a_command(name, tmp_path):
     assert found.command() == f"rewarded-lines merge {command} --out merged"
 
 
-@pytest.mark.parametrize("name", ["LiNeS in the weights", "ties, sum, as in mergekit's bio-merge example", "nuslerp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LiNeS in the weights",
+        "gradients against each other",
+        "ties, sum, as in mergekit's bio-merge example",
+        "nuslerp",
+    ],
+)
 def test_the_merge_is_the_one_that_its_command_makes(name, tiny, cli):
     text, _ = SAME[name]
     (tiny / "config.yaml").write_text(text)
@@ -226,7 +251,10 @@ REFUSED = {
     "no weight": (TASK + "models: [{model: first}]\n", "no `weight`"),
     "a parameter where mergekit overlooks it": (TASK + models("weight: 1, lambda: 2"), "mergekit ignores `lambda`"),
     "a gradient with corners": (TASK + models("weight: [0, 0.3, 1]"), "take the first and last value only"),
-    "gradients against each other": (TASK + models("weight: [0, 1]", "weight: [1, 0]"), "same ratio at every depth"),
+    "ties with gradients against each other": (
+        said("merge_method: ties", "base_model: sft", models("weight: [0, 1]", "weight: [1, 0]")),
+        "same ratio at every depth",
+    ),
     "two gradients": (TASK + models("weight: [1, 2]") + "\nparameters: {lambda: [1, 2]}\n", "both change with depth"),
     "weights by name": (TASK + models("weight: [{filter: mlp, value: 1}, {value: 0}]"), "the same value"),
     "a name alone": (TASK + models("weight: {filter: mlp, value: 1}"), "depends on the tensor's name"),
