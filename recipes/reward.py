@@ -117,8 +117,7 @@ def main(argv: Sequence[str]) -> None:
                 callbacks=[MetricsCallback(run.folder)],
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-        run.keep()
-        trainer.save_model(str(run.folder))
+        run.save_model(trainer)
         from_main(lambda: save_tokenizer(own, run.folder))
         if lora:
             from_main(lambda: fold_classifier(run.folder, base, trainer.model.config.pad_token_id))

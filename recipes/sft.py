@@ -103,10 +103,9 @@ def main(argv: Sequence[str]) -> None:
                 callbacks=[MetricsCallback(run.folder)],
             )
         metrics = trainer.train(resume_from_checkpoint=run.checkpoint).metrics
-        run.keep()
         if restore:
             restore()
-        trainer.save_model(str(run.folder / "adapter" if lora else run.folder))
+        run.save_model(trainer, "adapter" if lora else "")
         if lora:
             from_main(lambda: fold(str(base), run.folder))
         if base:

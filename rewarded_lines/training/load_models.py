@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors import SafetensorError
 from transformers import (
@@ -98,7 +99,9 @@ def load_critic(base: str, options: ModelConfig, start: str | None = None) -> Pr
             got=start,
             remedy="name a reward model that was trained from the SFT model, or leave it out",
         )
-    critic: Any = load_classifier(start or base, options)
+    # Not by the first process alone: FSDP would share out the weights of its own models only.
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        critic: Any = load_classifier(start or base, options)
     lora = lora_config(options, task="SEQ_CLS")
     if lora is not None:
         critic.requires_grad_(False)

@@ -183,9 +183,8 @@ class PolicyTask:
 
     def _save(self, trainer: Any, run: TrainingRun) -> None:
         """Save the policy with the base's own tokenizer and generation config."""
-        run.keep()
         self._restore()
-        trainer.save_model(str(run.folder))
+        run.save_model(trainer)
         from_main(lambda: save_tokenizer(load_tokenizer(self.base), run.folder))
         from_main(lambda: keep_generation_config(self.base, run.folder))
         run.saved(

@@ -94,6 +94,7 @@ _NO_EFFECT = {
     "resume_from_checkpoint": "leave it out: a run goes on from its own last checkpoint",
     "dataset_text_field": "write `columns: {text: COLUMN}`",
 }
+_GATHER = "stage3_gather_16bit_weights_on_model_save"
 
 
 def unknown_recipe_key(key: str, known: Collection[str], where: str) -> Problem:
@@ -104,7 +105,7 @@ def unknown_recipe_key(key: str, known: Collection[str], where: str) -> Problem:
     return Problem(problem.what, where, problem.expected, remedy=remedy or problem.remedy)
 
 
-def check_trainer(arguments: Iterable[Any], given: Collection[str]) -> None:
+def check_trainer(arguments: Collection[Any], given: Collection[str]) -> None:
     """Refuse keys of the trainer that would fail after the first work, or have no effect."""
     faults = []
     for training in (part for part in arguments if isinstance(part, TrainingArguments)):
@@ -124,8 +125,16 @@ def check_trainer(arguments: Iterable[Any], given: Collection[str]) -> None:
         for key, remedy in _NO_EFFECT.items():
             if getattr(training, key, None) not in (None, "text", "true", "True"):
                 faults.append(("without effect in a recipe", key, remedy))
+        plugin, lora = training.deepspeed_plugin, any(getattr(part, "use_peft", False) for part in arguments)
+        if plugin is not None and plugin.zero_stage == 3 and not lora and not _gathers(plugin):
+            remedy = f"set `zero3_save_16bit_model: true` in the launch file, or `{_GATHER}` in DeepSpeed's"
+            faults.append(("ZeRO-3 would save no weights at the end", "deepspeed_config", remedy))
     if faults:
         raise UserError(Problem(what, where=where, remedy=remedy) for what, where, remedy in faults)
+
+
+def _gathers(plugin: Any) -> bool:
+    return bool(plugin.hf_ds_config.config["zero_optimization"].get(_GATHER))
 
 
 def check_trackers(arguments: Iterable[Any]) -> None:

@@ -70,6 +70,14 @@ class TrainingRun:
         """Keep the folder from now on, even if the run fails: the training is done."""
         self.trained = True
 
+    def save_model(self, trainer: Any, name: str = "") -> None:
+        """Save the trained model, in the folder or in `name` there, whole also where FSDP's checkpoints are sharded."""
+        self.keep()
+        if trainer.is_fsdp_enabled:
+            # With sharded states, FSDP2's default, the trainer would save nothing, and say nothing.
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.save_model(str(self.folder / name))
+
     def saved(self, **facts: Any) -> None:
         """Record `facts` about the saved model; a run stopped before measuring does not lose it."""
         self.keep()

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -405,6 +406,21 @@ def test_a_key_takes_every_form_that_its_trainer_takes(tmp_path, given, expected
     (theirs,) = TrlParser((GRPOConfig,)).parse_args_and_config(["--config", str(tmp_path / "c.yaml")])
     for key, value in expected.items():
         assert getattr(ours, key) == getattr(theirs, key) == value
+
+
+@pytest.mark.parametrize(
+    ("stage", "gather", "lora"), [(3, False, False), (3, True, False), (3, False, True), (2, False, False)]
+)
+def test_zero_3_must_gather_the_weights_that_it_saves(tmp_path, stage, gather, lora):
+    config = {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gather}}
+    training = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    training.deepspeed_plugin = SimpleNamespace(zero_stage=stage, hf_ds_config=SimpleNamespace(config=config))
+    parts = (ModelConfig(use_peft=lora), training)
+    if (stage, gather, lora) == (3, False, False):
+        with pytest.raises(UserError, match="save no weights(.|\n)*`zero3_save_16bit_model: true`"):
+            refused_keys.check_trainer(parts, ())
+    else:
+        refused_keys.check_trainer(parts, ())
 
 
 def test_a_home_folder_may_be_named_in_a_file(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Models for training: LoRA and its refusals, critics, classifiers, QLoRA on a CPU, padding, the SFT model."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -76,6 +77,19 @@ def adapted(model):
 def test_lora_is_off_unless_asked_for(sft):
     model = load_policy(str(sft), FULL)
     assert lora_config(FULL) is None and trained(model) == set(dict(model.named_parameters()))
+
+
+def test_every_process_loads_the_critic(sft, monkeypatch):
+    """With TRL's fsdp2.yaml, transformers gives zeros to all processes but the first, until FSDP shares out weights."""
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("transformers.distributed.fsdp._is_torch_distributed_initialized", lambda: True)
+    whole = dict(make_model(0, blocks=2).named_parameters())
+    for load, zeros in ((load_classifier, True), (load_critic, False)):
+        weights = dict(load(str(sft), LORA).named_parameters())
+        same = [torch.equal(weights[name], one) for name, one in whole.items() if name in weights]
+        assert same and all(same) != zeros
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
 
 
 def test_a_whole_model_is_not_trained_in_float16(sft, tmp_path):

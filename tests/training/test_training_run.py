@@ -7,8 +7,10 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
 from tiny_models import make_tokenizer, snapshot
 from transformers import AutoTokenizer, TrainingArguments
 
@@ -208,6 +210,24 @@ def test_how_often_models_are_saved_matters_where_the_best_of_them_is_taken(tmp_
     stop(tmp_path / "sft", 5, save_steps=5, **best)
     with pytest.raises(UserError, match=r"another run is there\n  got: save_steps: 5, not 10"):
         train(tmp_path / "sft", save_steps=10, **best)
+
+
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT", None])
+def test_a_trained_model_is_saved_whole_also_with_sharded_checkpoints(tmp_path, kind):
+    """The alignment handbook's fsdp.yaml has sharded ones, and they are FSDP2's default."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
+
+    def save_model(folder):
+        # As transformers' Trainer decides.
+        if "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            Path(folder, "weights").write_text("")
+
+    state = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    trainer = SimpleNamespace(is_fsdp_enabled=True, accelerator=state, save_model=save_model)
+    with training_run("sft", arguments(tmp_path / "sft")) as run:
+        run.begin(**INPUTS)
+        run.save_model(trainer)
+        assert (run.folder / "weights").is_file() and run.trained
 
 
 def test_checkpoints_without_an_optimizer_are_not_resumed(tmp_path):
