@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 
 from rewarded_lines.checkpoints.headers import parse_json
 from rewarded_lines.config import SFT
+from rewarded_lines.data.words import words_in
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.missing_scores import Missing, count_missing, prompt_means
 from rewarded_lines.evaluator.points import PointSpec
-from rewarded_lines.evaluator.words import words_in
 from rewarded_lines.folders import atomic_file
 from rewarded_lines.merger.preferences import Mixtures, read_mixtures
 from rewarded_lines.pareto.bootstrap import present_mean

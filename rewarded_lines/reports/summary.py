@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from rewarded_lines.config import POLICIES, SFT
+from rewarded_lines.data.words import distinct2
 from rewarded_lines.evaluator.missing_scores import Missing, missing_json
 from rewarded_lines.evaluator.paired_scores import SEED, Table, control_perplexities, tabulate
 from rewarded_lines.evaluator.points import PointSpec
 from rewarded_lines.evaluator.records import Run, mixtures_of, total_missing
-from rewarded_lines.evaluator.words import distinct2
 from rewarded_lines.merger.lines_schedule import mean_line
 from rewarded_lines.merger.preferences import Mixtures
 from rewarded_lines.merger.schedule_forms import FORMS, recorded_schedule

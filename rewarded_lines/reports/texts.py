@@ -17,6 +17,8 @@ from rewarded_lines.reports.summary import PointSummary, Summary
 # From more policies on, all weights of a λ are too long for a table.
 _MANY = 4
 _MOST_DECIMALS = 6
+# Told only where they change the samples.
+_MORE_SETTINGS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def method_label(points: Sequence[PointSummary | PointSpec]) -> str:
@@ -204,7 +206,9 @@ def points_note(summary: Summary) -> str:
         note += f" μ: {what} in the preference; policies were trained for mixtures B, and λ = B⁻¹μ."
     note += " KL: mean of log π(y|x) − log π_SFT(y|x)"
     settings = {name: summary.generation.get(name, 1.0) for name in ("temperature", "top_p")}
-    if any(value != 1.0 for value in settings.values()):
+    more = {name: summary.generation.get(name, usual) for name, usual in _MORE_SETTINGS.items()}
+    settings |= {name: value for name, value in more.items() if value != _MORE_SETTINGS[name]}
+    if settings != {"temperature": 1.0, "top_p": 1.0}:
         sampled = ", ".join(f"{name} {value:g}" for name, value in settings.items())
         note += f" of responses sampled at {sampled}, "
         note += "where it is not an unbiased estimate of KL(π‖π_SFT)"

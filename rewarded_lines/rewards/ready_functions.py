@@ -18,6 +18,7 @@ from typing import Any
 
 import blake3
 
+from rewarded_lines.data.words import words_in
 from rewarded_lines.errors import did_you_mean, fail
 from rewarded_lines.extras import install
 from rewarded_lines.references import local_path
@@ -99,7 +100,7 @@ def length(
     _check_one("unit", unit, ("words", "characters", "lines"))
     if target is not None and maximum is not None:
         raise ValueError("give either `target` or `maximum`")
-    parts = {"words": response.split(), "characters": response, "lines": response.splitlines()}
+    parts = {"words": words_in(response), "characters": response, "lines": response.splitlines()}
     n = float(len(parts[unit]))
     if maximum is not None:
         return 0.0 if n <= maximum - margin else -1.0 if n > maximum else (maximum - margin - n) / margin
@@ -136,7 +137,7 @@ def repetition(response: str, size: int = 3) -> float:
     """Return 0 if no run of `size` words comes twice, and less down to −1: minus the share of repeated runs."""
     if size < 1:
         raise ValueError("`size` is at least 1")
-    words = response.split()
+    words = words_in(response)
     runs = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
     return len(set(runs)) / len(runs) - 1.0 if runs else 0.0
 

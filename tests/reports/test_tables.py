@@ -158,6 +158,8 @@ def test_notes_say_what_the_numbers_are(summary: Summary) -> None:
     assert "not an unbiased estimate" not in sheets(summary)[0].note
     cold = replace(summary, generation={"temperature": 0.7, "top_p": 0.9})
     assert "temperature 0.7, top_p 0.9, where it is not an unbiased estimate" in sheets(cold)[0].note
+    few = replace(summary, generation={"temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_tokens": 9})
+    assert "temperature 1, top_p 1, top_k 50, where it is not an unbiased estimate" in sheets(few)[0].note
 
 
 @pytest.fixture

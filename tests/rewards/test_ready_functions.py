@@ -104,6 +104,9 @@ def test_values_of_texts():
 
 def test_repetition_and_language():
     assert score("repetition", ["a b a b a b", "a b c"], size=2) == pytest.approx([-0.6, 0])
+    # Chinese has no spaces: every response was one word, and without a run.
+    assert score("repetition", ["今天今天今天"], size=2) == pytest.approx([-0.6])
+    assert score("length", ["今天天气很好。"]) == [6]
     model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     direct = [dict(model.rank(text))["de"] for text in TEXTS[:3]]
     assert score("language", TEXTS, language="de") == [*direct, pytest.approx(dict(model.rank(TEXTS[3]))["de"]), 0]

@@ -38,12 +38,13 @@ function plusMinus(estimate, places) {
   return `${fixed(value, places)} ±${fixed((high - low) / 2, places)}`;
 }
 
-// The decimals at which the middle half-width of intervals shows two digits, as in the tables of the report.
+// The decimals at which the middle half-width of intervals shows two digits. A width may be rounding only.
 function decimals(estimates) {
-  const widths = estimates.filter((one) => one && one[2] > one[1]).map(([, low, high]) => (high - low) / 2);
+  const wide = ([, low, high]) => high - low > 1e-9 * Math.max(Math.abs(low), Math.abs(high));
+  const widths = estimates.filter((one) => one && wide(one)).map(([, low, high]) => (high - low) / 2);
   if (!widths.length) return 2;
   const middle = widths.sort((one, other) => one - other)[Math.floor(widths.length / 2)];
-  return Math.min(6, Math.max(0, 1 - Math.floor(Math.log10(middle))));
+  return Math.min(12, Math.max(0, 1 - Math.floor(Math.log10(middle))));
 }
 
 const withUnit = (measure) => (measure.unit ? `${measure.name} [${measure.unit}]` : measure.name);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -124,6 +125,14 @@ def test_one_reward_is_drawn_over_kl(opening: Opening, write: Callable[..., Any]
     page = opening(write(rewards=1, points=3, prompts=30)).drawn()
     assert page.locator("#plot .xtitle").text_content() == "KL to SFT [nats], lower is better"
     assert page.locator("#plot .ytitle").text_content() == "positive [logit], higher is better"
+
+
+def test_numbers_have_the_decimals_of_their_intervals(shown: Any) -> None:
+    found = {"[1.234, 1.1, 1.36]": 2, "[3e-9, 1e-9, 5e-9]": 10, "[12.3, 12.299999999999997, 12.300000000000002]": 2}
+    # The page's script keeps its names to itself.
+    script = (files("rewarded_lines.reports.page") / "numbers.js").read_text()
+    asked = [f"(() => {{ {script}; return decimals([{one}, null]); }})()" for one in found]
+    assert list(map(shown.page.evaluate, asked)) == list(found.values())
 
 
 @pytest.mark.slow
