@@ -152,16 +152,13 @@ class Workspace:
         if made is None:
             return False
         sources = [self.residuals()[row - 1] if raw is None else raw for row, raw in enumerate(self._raw)]
-        ranks: dict[Mask, Array] = {}
-        for mask in (mask for program in made for mask in program.ranked if mask not in ranks):
-            ranks[mask] = self._buffer(f"ranks {len(ranks)}", np.dtype(np.uint32), 1)[0, : self.values(0).size]
-            mask.ranks(self.run, self._start, ranks[mask])
+        ranked = made[0].ranked
+        ranks = self._buffer(f"ranks of {len(ranked)}", np.dtype(np.uint32), len(ranked))[:, : self.values(0).size]
+        for mask, row in zip(ranked, ranks, strict=True):
+            mask.ranks(self.run, self._start, row)
         return all(
             program.loop.run(
-                [*sources, *(ranks[mask] for mask in program.ranked)],
-                program.parameters,
-                [outs[index] for index in program.outputs],
-                self._start,
+                [*sources, *ranks], program.parameters, [outs[index] for index in program.outputs], self._start
             )
             for program in made
         )

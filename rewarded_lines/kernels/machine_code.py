@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import binding, ir
 
-from rewarded_lines.kernels.program_writer import LANES, SIGNATURE, STORED, ProgramWriter
+from rewarded_lines.kernels.program_writer import ProgramWriter
 from rewarded_lines.kernels.rule_programs import Operation
+from rewarded_lines.kernels.vectors import LANES, SIGNATURE, WORDS
 
 Array = np.ndarray[Any, Any]
 
@@ -30,6 +31,12 @@ class Loop(NamedTuple):
     call: Callable[..., int]
     results: int = 1
     """Of each output."""
+
+    @classmethod
+    def of(cls, module: Any, results: int = 1) -> Loop:
+        """Return the function "loop" of a module."""
+        address, given = compiled(module, "loop"), [ctypes.c_int64] * len(SIGNATURE.args)
+        return cls(address, ctypes.CFUNCTYPE(ctypes.c_uint64, *given)(address), results)
 
     def run(self, sources: Sequence[Array], parameters: Array, targets: Sequence[Array], start: int = 0) -> bool:
         """Run a program that stores; return False if an input or a result may not be finite: then results mean nothing.
@@ -70,7 +77,7 @@ class Loop(NamedTuple):
 
 def supports(*stored: np.dtype[Any]) -> bool:
     """Return whether programs can read or write storage types: those of floating-point numbers."""
-    return all(each.name in STORED for each in stored)
+    return all(each.name in WORDS for each in stored)
 
 
 def addresses(rows: Iterable[Array]) -> Array:
@@ -98,9 +105,7 @@ def translated(operations: tuple[Operation, ...], stored: tuple[str, ...], wante
     """
     module = ir.Module()
     ProgramWriter(ir.Function(module, SIGNATURE, "loop"), stored, wanted, checked).write(operations)
-    address = compiled(module, "loop")
-    call = ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * len(SIGNATURE.args))(address)
-    return Loop(address, call, max(1, sum(each.kind == "result" for each in operations)))
+    return Loop.of(module, max(1, sum(each.kind == "result" for each in operations)))
 
 
 def compiled(module: Any, name: str) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 
 from rewarded_lines.kernels import numpy_kernels
 from rewarded_lines.kernels.machine_code import Loop, supports, translated
-from rewarded_lines.kernels.program_writer import LANES
 from rewarded_lines.kernels.rule_programs import Notes
+from rewarded_lines.kernels.vectors import LANES
 
 Array = np.ndarray[Any, Any]
 Pair = tuple[Array, Array]

@@ -47,7 +47,7 @@ class Program(NamedTuple):
         loop: the code, see `machine_code.Loop`.
         parameters: its constants, the words of its random masks, and the factors of each output, 64 bits each.
         outputs: which of the steps they are.
-        ranked: the masks that need ranks; these follow the inputs among its sources.
+        ranked: the masks of all outputs that need ranks; these follow the inputs among its sources.
     """
 
     loop: Any
@@ -82,7 +82,7 @@ def programs(
     alike = len(set(stored)) == 1 and not bare
     known: dict[tuple[Any, ...], _Structure | None] = {}
     together: dict[tuple[_Structure, str], list[int]] = {}
-    numbers = []
+    numbers, ranked = [], [mask for mask in all_masks(steps) if mask.ranked]
     for index, step in enumerate(steps):
         # As `numpy_kernels.linear` does it: the scale goes into the weights.
         folded = step.linear and alike
@@ -90,9 +90,9 @@ def programs(
         numbers.append([] if step.copy is not None else weights if folded or bare else [*weights, step.scale])
         kind = (step.copy, step.rows, step.rule, folded, repr(step.parameters), tuple(step.masks))
         if kind not in known:
-            known[kind] = _noted(step, stored, Notes(), folded or bare, bare)
+            known[kind] = _noted(step, stored, Notes(ranked), folded or bare, bare)
         # A rule may look at weights, which are numbers then.
-        noted = known[kind] or _noted(step, stored, Notes(), folded or bare, bare, weights)
+        noted = known[kind] or _noted(step, stored, Notes(ranked), folded or bare, bare, weights)
         if noted is None:
             return None
         together.setdefault((noted, wanted[index].name), []).append(index)
@@ -100,7 +100,7 @@ def programs(
     # and at float16, whose infinities and NaN are widened to numbers.
     whole = any(step.linear and alike and len(step.rows) == len(stored) - 1 for step in steps)
     checked = not whole or FLOATS["float16"].storage in kinds
-    return _translated(together, numbers, kinds, checked)
+    return _translated(together, numbers, kinds, checked, ranked)
 
 
 def _translated(
@@ -108,16 +108,16 @@ def _translated(
     numbers: Sequence[Sequence[float]],
     kinds: Sequence[np.dtype[Any]],
     checked: bool,
+    ranked: Sequence[Mask] = (),
 ) -> list[Program]:
     """Return a program for each structure and type of output; the first one looks at all inputs if `checked`."""
     code, found = kernels.machine_code(), list[Program]()
+    names = (*(each.name for each in kinds), *(RANKS for _ in ranked))
     for (notes, target), outputs in together.items():
         words = [word for mask in notes.masks for word in mask.words]
         factors = [np.array(numbers[index], np.float64) for index in outputs]
         constants = np.array([float(text) for text in notes.constants])
         parameters = np.concatenate([constants, np.array(words, np.uint64).view(np.float64), *factors])
-        ranked = [mask for mask in notes.masks if mask.ranked]
-        names = (*(each.name for each in kinds), *(RANKS for _ in ranked))
         loop = code.translated(notes.operations, names, target, checked and not found)
         found.append(Program(loop, parameters, outputs, ranked))
     return found
@@ -171,11 +171,12 @@ def _noted(
 class Notes:
     """The operations so far, each with its place; the texts of the constants, with their places among these; masks."""
 
-    def __init__(self) -> None:
-        """Start with nothing."""
+    def __init__(self, ranked: Sequence[Mask] = ()) -> None:
+        """Start with nothing; `ranked`: see `Program`."""
         self.places: dict[Operation, int] = {}
         self.constants: dict[str, int] = {}
         self.masks: list[Mask] = []
+        self._ranked = ranked
 
     def symbol(self, kind: str, *operands: int, truth: bool = False) -> Any:
         """Note an operation, if it is a new one; return its value, a `Symbol`."""
@@ -195,10 +196,8 @@ class Notes:
         """Return a symbol for the mask of each policy; ranks follow the `sources`."""
         self.masks, symbols = all_masks([step]), {}
         for place, mask in enumerate(self.masks):
-            number, rank = self.symbol("random", place), None
-            if mask.ranked:
-                rank, sources = self.symbol("source", sources), sources + 1
-            symbols[mask] = mask.chosen(number, rank)
+            rank = self.symbol("source", sources + self._ranked.index(mask)) if mask.ranked else None
+            symbols[mask] = mask.chosen(self.symbol("random", place), rank)
         return [symbols[mask] for mask in step.masks]
 
     def structure(self) -> _Structure:

@@ -92,9 +92,9 @@ class RandomMask:
         return *_key(self.seed, self.name, self.digest), BLOCK.bit_length() - 1
 
     @property
-    def ranked(self) -> bool:
+    def ranked(self) -> tuple[int, int] | None:
         """See `Mask`."""
-        return False
+        return None
 
     def chosen(self, numbers: Any, ranks: Any) -> Any:
         """See `Mask`."""
@@ -127,9 +127,9 @@ class RankedMask(RandomMask):
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float64)
 
     @property
-    def ranked(self) -> bool:
+    def ranked(self) -> tuple[int, int] | None:
         """See `Mask`; without a window all have one probability."""
-        return self.width > 1 and self.window > 0
+        return (self.row, self.width) if self.width > 1 and self.window > 0 else None
 
     def chosen(self, numbers: Any, ranks: Any) -> Any:
         """See `Mask`."""
@@ -143,6 +143,4 @@ class RankedMask(RandomMask):
         # Ranks need whole rows, of which a block may have parts.
         first, last = start // self.width * self.width, -(-(start + out.size) // self.width) * self.width
         base, policy = run(self.row, first, last)
-        sizes = np.empty(last - first)
-        kernels.residual(base, policy, sizes)
-        kernels.rank_rows(sizes, self.width, start - first, out)
+        kernels.rank_rows(base, policy, self.width, start - first, out)

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from rewarded_lines.checkpoints.dtypes import F64, FLOATS
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import compiled_ranks, machine_kernels, numpy_kernels
 from rewarded_lines.kernels import kth_largest as ranking
+from rewarded_lines.kernels import machine_kernels, numpy_kernels, row_ranks
 from rewarded_lines.kernels.blocks import BLOCK
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
 from rewarded_lines.kernels.tensor_merge import TensorMerge
@@ -145,8 +145,8 @@ def test_ranks_and_overlaps_are_the_same_by_either(kind):
             numpy_kernels.cast(wide, out)
         sizes, ranks = np.empty(count), np.zeros((2, 3000), np.uint32)
         numpy_kernels.residual(*pair, sizes)
-        for loops, out in zip((numpy_kernels, compiled_ranks), ranks, strict=True):
-            loops.rank_rows(sizes, width, min(1, width - 1), out)
+        for loops, out in zip((numpy_kernels, row_ranks), ranks, strict=True):
+            loops.rank_rows(*pair, width, min(1, width - 1), out)
         assert np.array_equal(*ranks) and (width == 1 or ranks.any()), (name, width)
         nothing, counts = np.zeros(count), np.zeros((2, 2, 2), np.int64)
         for loops, found in zip((numpy_kernels, machine_kernels), counts, strict=True):
