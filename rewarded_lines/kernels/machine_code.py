@@ -1,7 +1,7 @@
 """Programs as machine code: values are widened to float64, pass all operations in registers, and are rounded once.
 
-LLVM translates a program within some hundredths of a second; loading numba takes ten times as long. It neither joins
-nor reorders operations, so the bits are numpy's. What is not finite is left to numpy: the code tells that it is there.
+LLVM translates a program within some hundredths of a second. It neither joins nor reorders operations, so the bits are
+numpy's. What is not finite is left to numpy: the code tells that it is there.
 """
 
 from __future__ import annotations
