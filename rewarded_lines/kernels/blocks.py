@@ -225,6 +225,10 @@ class Workspace:
         adapter = self._raw[row + 1] is None
         return (self.nothing(), self.residuals()[row]) if adapter else (self.values(0), self.values(row + 1))
 
+    def pairs(self) -> list[tuple[Array, Array]]:
+        """Return the `pair` of every policy."""
+        return [self.pair(row) for row in range(len(self._policies))]
+
     def nothing(self) -> Array:
         """Return as many zeros as the loaded block has values."""
         self._zeros = self._zeros if self._zeros.size else np.zeros(BLOCK)

@@ -16,18 +16,18 @@ PIECE = 1 << 15
 
 
 @cache
-def reader(piece: int) -> Callable[..., int]:
-    """Return a function that reads `piece` values of all sources at a time from files, and calls loops on them.
+def reader() -> Callable[..., int]:
+    """Return a function that reads values of all sources from files, a piece at a time, and calls loops on them.
 
     Its arguments are the number of sources, and the addresses of: their file descriptors, their places in the files,
-    the bytes of a value in each, and their buffers. Then the number of loops, and the addresses of:
-    the loops, their parameters, their targets' addresses, and the numbers of their targets. Then how many values to
-    read, and which value of its tensor the first is. It returns 0, or more if a value may not be finite or a file gave
+    the bytes of a value in each, and their buffers. Then the number of loops, and the addresses of: the loops, their
+    parameters, their targets' addresses, and the numbers of their targets. Then how many values to read, which value of
+    its tensor the first is, and how many make a piece. It returns 0, or more if a value may not be finite or a file gave
     fewer bytes than were asked for.
     """
     module = ir.Module()
-    _Files(ir.Function(module, ir.FunctionType(BITS, [BITS] * 12), "files")).write(piece)
-    return ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * 12)(compiled(module, "files"))
+    _Files(ir.Function(module, ir.FunctionType(BITS, [BITS] * 13), "files")).write()
+    return ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * 13)(compiled(module, "files"))
 
 
 class _Files:
@@ -37,17 +37,17 @@ class _Files:
         self._function = function
         self._builder = ir.IRBuilder(function.append_basic_block())
 
-    def write(self, values: int) -> None:
-        """Write all, for pieces of so many values."""
+    def write(self) -> None:
+        """Write all."""
         builder, entry = self._builder, self._builder.block
-        sources, files, places, sizes, buffers, loops, *called, count, begin = self._function.args
+        sources, files, places, sizes, buffers, loops, *called, count, begin, most = self._function.args
         piece, source, called_block, end, failed = (self._function.append_basic_block() for _ in range(5))
         codes, parameters, targets, outputs = called
         builder.branch(piece)
         builder.position_at_end(piece)
         start = builder.phi(BITS)
         left = builder.sub(count, start)
-        length = builder.select(builder.icmp_signed("<", left, BITS(values)), left, BITS(values))
+        length = builder.select(builder.icmp_signed("<", left, most), left, most)
         builder.branch(source)
         builder.position_at_end(source)
         row = builder.phi(BITS)

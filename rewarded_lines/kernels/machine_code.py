@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ Array = np.ndarray[Any, Any]
 
 _WIDEST = ",-prefer-256-bit"
 _engines: list[Any] = []
+_translating = Lock()
 
 
 class Loop(NamedTuple):
@@ -97,12 +99,18 @@ def cpu_features() -> str:
     return own + _WIDEST if features.get("avx512f") else own
 
 
-@cache
 def translated(operations: tuple[Operation, ...], stored: tuple[str, ...], wanted: str, checked: bool = True) -> Loop:
     """Return the loop of a program, for storage types of its sources and of its targets.
 
     It tells if a result is not finite and, if `checked`, if a value of a source is not.
     """
+    # So that no two threads translate the same.
+    with _translating:
+        return _translated(operations, stored, wanted, checked)
+
+
+@cache
+def _translated(operations: tuple[Operation, ...], stored: tuple[str, ...], wanted: str, checked: bool) -> Loop:
     module = ir.Module()
     ProgramWriter(ir.Function(module, SIGNATURE, "loop"), stored, wanted, checked).write(operations)
     return Loop.of(module, max(1, sum(each.kind == "result" for each in operations)))

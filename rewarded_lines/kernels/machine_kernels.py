@@ -6,7 +6,6 @@ floating-point numbers, are left to numpy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from rewarded_lines.kernels import numpy_kernels
 from rewarded_lines.kernels.machine_code import Loop, supports, translated
+from rewarded_lines.kernels.measure_programs import factors_between, note_between, note_overlaps
 from rewarded_lines.kernels.rule_programs import Notes
 from rewarded_lines.kernels.vectors import LANES
 
@@ -116,8 +116,7 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
 def _note_among(notes: Notes) -> None:
     size = abs(notes.symbol("source", 0))
     inside = (size >= notes.symbol("factor", 0)) & (size < notes.symbol("factor", 1))
-    notes.symbol("count", 0, inside.place)
-    notes.symbol("collect", 1, inside.place, size.place)
+    notes.symbol("collect", 0, 1, inside.place, size.place)
 
 
 def count_between(
@@ -126,13 +125,12 @@ def count_between(
     """See `numpy_kernels.count_between`."""
     (sources, places), rows = _distinct(pairs), len(bounds)
     counts, zeros = np.zeros((rows, 4), np.int64), np.zeros(1, np.int64)
-    # The lower bound again, if it is another: nothing equals NaN.
-    factors = [each for low, high in bounds for each in (low, high, low if low < high else math.nan)]
+    factors = factors_between(bounds)
     rest = _measured(_note_between, sources, [*counts.reshape(-1, 1), *found, zeros], factors, rows, *places)
     if not rest:
         return numpy_kernels.count_between(pairs, bounds, found)
     first: list[tuple[int, ...]] = [
-        (inside, above, rest - above - below, bottom) for inside, above, below, bottom in counts.tolist()
+        (inside, above, rest - below - above, bottom) for inside, below, above, bottom in counts.tolist()
     ]
     if rest == sources[0].size:
         return first, int(zeros[0])
@@ -144,15 +142,7 @@ def count_between(
 
 
 def _note_between(notes: Notes, bounds: int, *places: int) -> None:
-    sizes = [abs(notes.residual(policy, base)) for base, policy in zip(places[::2], places[1::2], strict=True)]
-    for row in range(bounds):
-        size, (low, high, other) = sizes[row % len(sizes)], (notes.symbol("factor", 3 * row + k) for k in range(3))
-        below = size < high
-        inside = (size > low) & below
-        for place, each in enumerate((inside, size > high, below, size == other)):
-            notes.symbol("count", 4 * row + place, each.place)
-        notes.symbol("collect", 4 * bounds + row, inside.place, size.place)
-    notes.symbol("count", 5 * bounds, (sizes[0] == 0.0).place)
+    note_between(notes, _residuals(notes, places), bounds)
 
 
 def count_overlaps(pairs: Sequence[Pair], changed: float, counts: Array) -> None:
@@ -166,15 +156,11 @@ def count_overlaps(pairs: Sequence[Pair], changed: float, counts: Array) -> None
 
 
 def _note_overlaps(notes: Notes, *places: int) -> None:
-    sizes = [abs(notes.residual(policy, base)) for base, policy in zip(places[::2], places[1::2], strict=True)]
-    masks = [size > notes.symbol("factor", 0) for size in sizes]
-    # Nothing is below itself.
-    some, several = masks[0], masks[0] < masks[0]
-    for mask in masks[1:]:
-        some, several = some | mask, several | (some & mask)
-    for row, mask in enumerate(masks):
-        notes.symbol("count", row, (mask & several).place)
-        notes.symbol("count", len(masks) + row, mask.place)
+    note_overlaps(notes, _residuals(notes, places))
+
+
+def _residuals(notes: Notes, places: Sequence[int]) -> list[Any]:
+    return [notes.residual(policy, base) for base, policy in zip(places[::2], places[1::2], strict=True)]
 
 
 def _distinct(pairs: Sequence[Pair]) -> tuple[list[Array], list[int]]:

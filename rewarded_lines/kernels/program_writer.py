@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 
+from rewarded_lines.kernels.measure_programs import SUMMED
 from rewarded_lines.kernels.philox import Philox
 from rewarded_lines.kernels.rule_programs import RANKS, Operation
 from rewarded_lines.kernels.vectors import (
@@ -25,16 +26,19 @@ from rewarded_lines.kernels.vectors import (
     known,
     larger,
     loaded,
+    place_of,
     rounded,
     vector,
     vector_place,
     widened,
 )
 
+COMPRESSES = binding.llvm_version_info[0] >= 19
+
 
 def _around(kind: str) -> Any:
     """Return the type of what goes round in the loops."""
-    return BITS if kind.startswith("count") else vector(WORDS.get(kind, BITS))
+    return vector(REAL if kind.startswith("sum") else WORDS.get(kind, BITS))
 
 
 class ProgramWriter:
@@ -66,11 +70,12 @@ class ProgramWriter:
         for place, each in enumerate(operations):
             if each.kind == "constant":
                 self._values[place] = self._everywhere(BITS(each.operands[0]))
+            elif each.kind == "factor" and not self._results:
+                self._values[place] = self._everywhere(BITS(self._first_factor + each.operands[0]))
             elif each.kind == "count":
                 self._kept[f"count {each.operands[0]}"] = None
-            elif each.kind == "collect":
-                self._values[place] = builder.alloca(BITS)
-                builder.store(BITS(0), self._values[place])
+            elif each.kind == "sum":
+                self._kept[f"sum {each.operands[0]}"] = None
         self._random = {place: Philox(builder, self._parameters, numbers + Philox.WORDS * place) for place in random}
         values, outputs, following, end, nothing = (self._function.append_basic_block() for _ in range(5))
         builder.cbranch(builder.icmp_signed("<", BITS(0), self._count), values, nothing)
@@ -80,9 +85,10 @@ class ProgramWriter:
         outer = {kind: builder.phi(_around(kind)) for kind in self._kept}
         self._kept = dict(outer)
         self._loaded = [self._widened(*each) for each in zip(self._stored, self._sources, strict=True)]
-        late = _late(operations)
+        # What counts has no outputs.
+        late = _late(operations) if self._results else set()
         self._write_all(operations, [place for place in range(len(operations)) if place not in late])
-        before = self._kept
+        before, early = self._kept, builder.block
         builder.branch(outputs)
         builder.position_at_end(outputs)
         self._output = builder.phi(BITS)
@@ -96,11 +102,11 @@ class ProgramWriter:
         builder.cbranch(builder.icmp_signed("<", next_place, self._count), values, end)
         loops = [
             (self._place, BITS(0), next_place, following, entry),
-            (self._output, BITS(0), further, last, values),
+            (self._output, BITS(0), further, last, early),
         ]
         for kind, now in self._kept.items():
             loops.append((outer[kind], ir.Constant(now.type, None), now, following, entry))
-            loops.append((inner[kind], before[kind], now, last, values))
+            loops.append((inner[kind], before[kind], now, last, early))
         for phi, first, again, block, from_ in loops:
             phi.add_incoming(first, from_)
             phi.add_incoming(again, block)
@@ -108,12 +114,15 @@ class ProgramWriter:
         builder.ret(builder.zext(self._doubtful(), BITS))
 
     def _doubtful(self) -> Any:
-        """Write the counts; return whether an exponent shows that a value may not be finite."""
+        """Add to the counts; return whether an exponent shows that a value may not be finite."""
         builder, found = self._builder, ir.Constant(ir.IntType(1), 0)
         for kind, bits in self._kept.items():
             if kind.startswith("count"):
-                row = item(builder, self._targets, BITS(int(kind.split()[1])))
-                builder.store(bits, builder.inttoptr(row, BITS.as_pointer()))
+                reduce = known(builder, f"llvm.vector.reduce.add.v{LANES}i64", BITS, vector(BITS))
+                place = self._counter(kind)
+                builder.store(builder.add(builder.load(place), builder.call(reduce, [bits])), place)
+                continue
+            if kind.startswith("sum"):
                 continue
             limit = LARGEST[self._wanted] << 52 if kind == "result" else INFINITE[kind] - 1
             word = bits.type.element
@@ -126,10 +135,12 @@ class ProgramWriter:
         for place in places:
             operation = operations[place]
             if operation.kind == "collect":
-                self._collect(self._values[place], *operation.operands)
+                self._collect(*operation.operands)
+            elif operation.kind == "sum":
+                self._sum(*operation.operands)
             elif operation.kind == "tally":
                 self._tally(*operation.operands)
-            elif operation.kind != "constant":
+            elif place not in self._values:
                 self._values[place] = self._value(operation)
 
     def _value(self, operation: Operation) -> Any:
@@ -144,9 +155,9 @@ class ProgramWriter:
         if kind == "result":
             return self._store(operands[0], self._real(operands[1]))
         if kind == "count":
-            found = builder.ctpop(builder.bitcast(self._values[operands[1]], BYTE))
             key = f"count {operands[0]}"
-            self._kept[key] = builder.add(self._kept[key], builder.zext(found, BITS))
+            more = builder.add(self._kept[key], every(BITS, 1))
+            self._kept[key] = builder.select(self._values[operands[1]], more, self._kept[key])
             return None
         if kind == "fabs":
             size = known(builder, f"llvm.fabs.v{LANES}f64", vector(REAL), vector(REAL))
@@ -201,17 +212,48 @@ class ProgramWriter:
         builder.store(codes, target, align=word.width // 8)
         self._note("result", exponent)
 
-    def _collect(self, counter: Any, index: int, truth: int, value: int) -> None:
-        """Append values to a target where something is true: seldom, so that most steps only ask whether."""
-        builder, chosen = self._builder, self._values[truth]
-        some = builder.icmp_unsigned("!=", builder.bitcast(chosen, BYTE), BYTE(0))
-        with builder.if_then(some, likely=False):
-            row = builder.inttoptr(item(builder, self._targets, BITS(index)), REAL.as_pointer())
-            for lane in range(LANES):
-                place = builder.load(counter)
-                builder.store(builder.extract_element(self._values[value], HALF(lane)), builder.gep(row, [place]))
-                one = builder.zext(builder.extract_element(chosen, HALF(lane)), BITS)
-                builder.store(builder.add(place, one), counter)
+    def _counter(self, kind: str) -> Any:
+        """Return a pointer to a count: the first number of a target."""
+        row = item(self._builder, self._targets, BITS(int(kind.split()[1])))
+        return self._builder.inttoptr(row, BITS.as_pointer())
+
+    def _collect(self, counter: int, index: int, truth: int, value: int) -> None:
+        """Append values to a target where something is true, seldom; another target counts them.
+
+        Up to `LANES` values more are written.
+        """
+        builder, chosen, values = self._builder, self._values[truth], self._values[value]
+        bits = builder.bitcast(chosen, BYTE)
+        with builder.if_then(builder.icmp_unsigned("!=", bits, BYTE(0)), likely=False):
+            place, row = self._counter(f"collect {counter}"), item(builder, self._targets, BITS(index))
+            begin = builder.load(place)
+            if COMPRESSES:
+                name = f"llvm.experimental.vector.compress.v{LANES}f64"
+                compress = known(builder, name, vector(REAL), vector(REAL), chosen.type, vector(REAL))
+                together = builder.call(compress, [values, chosen, ir.Constant(vector(REAL), ir.Undefined)])
+                builder.store(together, vector_place(builder, row, begin, REAL), align=8)
+                following = builder.add(begin, builder.zext(builder.ctpop(bits), BITS))
+            else:
+                following = begin
+                for lane in range(LANES):
+                    builder.store(builder.extract_element(values, HALF(lane)), place_of(builder, row, following, REAL))
+                    one = builder.zext(builder.extract_element(chosen, HALF(lane)), BITS)
+                    following = builder.add(following, one)
+            builder.store(following, place)
+
+    def _sum(self, index: int, value: int) -> None:
+        """Write the sum of each `SUMMED` values, none below 0, in numpy's order: eight sums at a time, then theirs."""
+        builder, kind = self._builder, f"sum {index}"
+        total = builder.fadd(self._kept[kind], self._real(value))
+        done = builder.add(self._place, BITS(LANES))
+        last = builder.icmp_unsigned("==", builder.and_(done, BITS(SUMMED - 1)), BITS(0))
+        with builder.if_then(last, likely=False):
+            parts = [builder.extract_element(total, HALF(lane)) for lane in range(LANES)]
+            while len(parts) > 1:
+                parts = [builder.fadd(*parts[place : place + 2]) for place in range(0, len(parts), 2)]
+            place = builder.udiv(builder.add(self._shift, self._place), BITS(SUMMED))
+            builder.store(parts[0], place_of(builder, item(builder, self._targets, BITS(index)), place, REAL))
+        self._kept[kind] = builder.select(last, ir.Constant(vector(REAL), None), total)
 
     def _tally(self, index: int, truth: int, value: int, shift: int, bits: int) -> None:
         """Count values in a table by some bits of their pattern, where something is true."""
@@ -233,6 +275,8 @@ def _late(operations: Sequence[Operation]) -> set[int]:
     late: set[int] = set()
     for place, (kind, operands, _) in enumerate(operations):
         inputs = () if kind in ("source", "constant", "random", "factor") else operands
-        if kind in ("factor", "result", "count", "collect", "tally") or any(operand in late for operand in inputs):
+        if kind in ("factor", "result", "count", "collect", "sum", "tally") or any(
+            operand in late for operand in inputs
+        ):
             late.add(place)
     return late

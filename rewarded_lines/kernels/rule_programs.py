@@ -30,7 +30,7 @@ class Operation(NamedTuple):
     Attributes:
         kind: "source" (stored values, or residuals), "random" (24 random bits as a number), "constant", "factor" (a
             number of each output), "single" (rounded to float32); "result",
-            "count", "collect", "tally"; or the operation's name in LLVM's builder.
+            "count", "collect", "sum", "tally"; or the operation's name in LLVM's builder.
         operands: places of values in the program; of an input, its index.
         truth: whether the value is true or false.
     """
@@ -71,14 +71,6 @@ def programs(
     code = kernels.machine_code()
     if not code.supports(*kinds, *wanted):
         return None
-    if bare and not any(step.weights or step.masks for step in steps):
-        # All in one pass: what occurs twice is done once.
-        notes = Notes()
-        if not all(_noted(step, stored, notes, True, bare, result=index) for index, step in enumerate(steps)):
-            return None
-        return _translated(
-            {(notes.structure(), wanted[0].name): list(range(len(steps)))}, [[] for _ in steps], kinds, True
-        )
     alike = len(set(stored)) == 1 and not bare
     known: dict[tuple[Any, ...], _Structure | None] = {}
     together: dict[tuple[_Structure, str], list[int]] = {}
@@ -138,7 +130,6 @@ def _noted(
     unscaled: bool,
     bare: bool,
     weights: Sequence[float] | None = None,
-    result: int = 0,
 ) -> _Structure | None:
     """Return what makes an output; None if its rule does more than arithmetic.
 
@@ -149,10 +140,9 @@ def _noted(
         unscaled: whether the schedule's scale is no factor of its own.
         bare: see `programs`.
         weights: of the rule, in place of factors.
-        result: which of the results of one output.
     """
     if step.copy is not None:
-        notes.symbol("result", result, notes.symbol("source", step.copy).place)
+        notes.symbol("result", 0, notes.symbol("source", step.copy).place)
         return notes.structure()
     masks, origin = notes.masks_of(step, len(stored)), notes.symbol("source", 0)
     sources = [(notes.symbol("source", row + 1), stored[row + 1]) for row in step.rows]
@@ -162,7 +152,7 @@ def _noted(
     try:
         merged = step.residual(residuals, masks, weights or factors)
         scaled = merged if scale is None else merged * scale
-        notes.symbol("result", result, (scaled if bare else origin + scaled).place)
+        notes.symbol("result", 0, (scaled if bare else origin + scaled).place)
     except (TypeError, ValueError, AttributeError):
         return None
     return notes.structure()

@@ -13,8 +13,10 @@ import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, all_blocks
-from rewarded_lines.kernels.kth_largest import Visitor, visit_blocks
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace
+from rewarded_lines.kernels.file_measures import measure
+from rewarded_lines.kernels.measure_programs import note_overlaps
+from rewarded_lines.kernels.rule_programs import Notes
 from rewarded_lines.kernels.tensor_merge import Run
 
 
@@ -38,19 +40,40 @@ def overlap_ratios(
     """
     if not rows:
         return {}
-    tables: list[Array] = []
+    counters: list[_Overlaps] = []
 
-    def begin() -> Visitor:
-        tables.append(np.zeros((2, len(rows)), np.int64))
+    def begin() -> _Overlaps:
+        counters.append(_Overlaps(rows, changed))
+        return counters[-1]
 
-        def count(pairs: Sequence[tuple[Array, Array]], counts: Array = tables[-1]) -> None:
-            kernels.count_overlaps([pairs[row] for row in rows], changed, counts)
+    def note(notes: Notes, residuals: Sequence[Any]) -> None:
+        note_overlaps(notes, [residuals[row] for row in rows])
 
-        return count
-
-    visit_blocks(base, policies, list(all_blocks(names, base.tensors)), threads, begin, stored=True)
-    shared, alone = sum(tables, np.zeros((2, len(rows)), np.int64)).tolist()
+    measure(base, policies, names, threads, begin, note, [changed])
+    shared, alone = sum((each.counts for each in counters), np.zeros((2, len(rows)), np.int64)).tolist()
     return {row: several / one if one else 0.0 for row, several, one in zip(rows, shared, alone, strict=True)}
+
+
+class _Overlaps:
+    """Counts what `numpy_kernels.count_overlaps` counts."""
+
+    def __init__(self, rows: Sequence[int], changed: float) -> None:
+        self.counts, self._run = np.zeros((2, 2, len(rows)), np.int64)
+        self._rows, self._changed = rows, changed
+        self.targets = list(self._run.reshape(-1, 1))
+
+    def take(self, _name: str, _start: int, _count: int) -> None:
+        """See `Counter`."""
+        shared, large = self._run
+        self.counts += shared, large - shared
+
+    def clear(self) -> None:
+        """See `Counter`."""
+        self._run[:] = 0
+
+    def look(self, workspace: Workspace) -> None:
+        """See `Counter`."""
+        kernels.count_overlaps([workspace.pair(row) for row in self._rows], self._changed, self.counts)
 
 
 def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:

@@ -24,7 +24,7 @@ def test_a_processor_is_asked_only_for_what_it_has(monkeypatch):
     monkeypatch.setattr(binding.Target, "create_target_machine", noted)
     for wide in (False, True):
         monkeypatch.setattr(binding, "get_host_cpu_features", lambda has=wide: binding.FeatureMap(avx512f=has))
-        machine_code.translated.__wrapped__((), ("float32",), "float32")
+        machine_code._translated.__wrapped__((), ("float32",), "float32", True)
     assert asked == ["-avx512f", "+avx512f,-prefer-256-bit"]
 
 

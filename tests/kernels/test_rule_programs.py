@@ -130,22 +130,3 @@ def test_thresholds_are_no_part_of_the_code():
         (program,) = programs([step], [NUMBERS, None])
         code.add(program.loop.address)
     assert len(code) == 1
-
-
-def test_several_residuals_come_from_one_pass():
-    """SCE's squares: each policy's rule selects by the same measure of all residuals."""
-
-    def rule(residuals, _, row):
-        return residuals[row] * (residuals[0] - residuals[1] >= 0.5)
-
-    steps = [
-        TensorMerge(F64, None, (0, 1), rule=lambda residuals, _, row=row: rule(residuals, _, row)) for row in (0, 1)
-    ]
-    generator = np.random.default_rng(0)
-    residuals = generator.standard_normal((2, 1003))
-    (program,) = programs(steps, [NUMBERS, None, None], bare=True)
-    out = np.full((2, 1004), 77.0)
-    assert program.loop.run([np.zeros(1003), *residuals], program.parameters, list(out[:, :1003]))
-    for row in (0, 1):
-        assert out[row, :1003].tobytes() == (residuals[row] * (residuals[0] - residuals[1] >= 0.5)).tobytes()
-    assert (out[:, 1003] == 77).all()

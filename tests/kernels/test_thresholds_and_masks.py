@@ -10,10 +10,12 @@ from safetensors.numpy import save_file
 
 from rewarded_lines.checkpoints.dtypes import F64, FLOATS
 from rewarded_lines.checkpoints.reader import TensorFiles
+from rewarded_lines.kernels import between_bounds, machine_kernels, numpy_kernels, row_ranks
 from rewarded_lines.kernels import kth_largest as ranking
-from rewarded_lines.kernels import machine_kernels, numpy_kernels, row_ranks
 from rewarded_lines.kernels.blocks import BLOCK
+from rewarded_lines.kernels.file_measures import SPARE
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
+from rewarded_lines.kernels.magnitudes import Magnitudes
 from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thresholds_and_masks import overlap_ratios
 from rewarded_lines.merger.merge_rules import spread
@@ -42,7 +44,9 @@ def sources(tmp_path, request):
 @pytest.mark.parametrize("held", [10**6, 500, 3, -1], ids=lambda held: f"held-{held}")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatch, held, threads):
-    monkeypatch.setattr(ranking, "_HELD", held)
+    for module in (ranking, between_bounds):
+        monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(ranking, "_FEW", held)
     base, policies, drawn = sources
     for bounds in (ranking._bounds, lambda *_: ranking.Bounds(1.0, 1.5, 0.0)):
         # The second bounds hold few of the values.
@@ -68,7 +72,7 @@ def test_one_pass_after_a_sample(sources, monkeypatch):
     monkeypatch.setattr(ranking, "_FEW", 0)
     monkeypatch.setattr(ranking, "_THINNED", 8)
     counted = []
-    monkeypatch.setattr(ranking, "_count", lambda *given: counted.append(given))
+    monkeypatch.setattr(Magnitudes, "count", lambda *given: counted.append(given))
     base, policies, drawn = sources
     ranks = (300, 1500, 2700)
     expected = [tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values()) for rank in ranks]
@@ -105,7 +109,7 @@ def test_values_between_two_are_the_same_by_either(kind, special):
     # Each of two policies, the second of which is the first with another sign, has three of the bounds.
     bounds = [(0.0, 0.0), (0.0, 1.0), (1.0, 2.5), (2.5, 2.5), (1.0, np.inf), (np.inf, np.inf)]
     pairs = [(stored[0], stored[1]), (stored[1], stored[0])]
-    found = np.zeros((2, 6, 1001))
+    found = np.zeros((2, 6, 1001 + SPARE))
     by_numpy, by_machine = (
         loops.count_between(pairs, bounds, out)
         for loops, out in zip((numpy_kernels, machine_kernels), found, strict=True)
