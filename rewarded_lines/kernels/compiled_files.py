@@ -22,8 +22,8 @@ def reader() -> Callable[..., int]:
     Its arguments are the number of sources, and the addresses of: their file descriptors, their places in the files,
     the bytes of a value in each, and their buffers. Then the number of loops, and the addresses of: the loops, their
     parameters, their targets' addresses, and the numbers of their targets. Then how many values to read, which value of
-    its tensor the first is, and how many make a piece. It returns 0, or more if a value may not be finite or a file gave
-    fewer bytes than were asked for.
+    its tensor the first is, and how many make a piece. It returns 0, or more if a value may not be finite or a file
+    gave fewer bytes than were asked for.
     """
     module = ir.Module()
     _Files(ir.Function(module, ir.FunctionType(BITS, [BITS] * 13), "files")).write()

@@ -56,6 +56,7 @@ class ProgramWriter:
         self._targets = targets
         self._parameters = builder.inttoptr(parameters, REAL.as_pointer())
         self._values: dict[int, Any] = {}
+        self._inverses: dict[Operation, Any] = {}
         # What goes round in both loops: exponents of results, of stored values by their type, and counts.
         self._kept: dict[str, Any] = dict.fromkeys(("result", *(kind for kind in stored if checked and kind != RANKS)))
 
@@ -72,6 +73,8 @@ class ProgramWriter:
                 self._values[place] = self._everywhere(BITS(each.operands[0]))
             elif each.kind == "factor" and not self._results:
                 self._values[place] = self._everywhere(BITS(self._first_factor + each.operands[0]))
+            elif each.kind == "fdiv" and self._ranks_by_constant(operations, each):
+                self._inverses[each] = builder.fdiv(every(REAL, 1.0), self._values[each.operands[1]])
             elif each.kind == "count":
                 self._kept[f"count {each.operands[0]}"] = None
             elif each.kind == "sum":
@@ -140,6 +143,8 @@ class ProgramWriter:
                 self._sum(*operation.operands)
             elif operation.kind == "tally":
                 self._tally(*operation.operands)
+            elif operation in self._inverses:
+                self._values[place] = self._quotient(*map(self._real, operation.operands), self._inverses[operation])
             elif place not in self._values:
                 self._values[place] = self._value(operation)
 
@@ -176,6 +181,24 @@ class ProgramWriter:
         left, right = map(self._real, operands)
         write = getattr(builder, kind, None)
         return write(left, right) if write else builder.fcmp_ordered(kind, left, right)
+
+    def _ranks_by_constant(self, operations: Sequence[Operation], quotient: Operation) -> bool:
+        left, right = (operations[place] for place in quotient.operands)
+        return left.kind == "source" and self._stored[left.operands[0]] == RANKS and right.kind == "constant"
+
+    def _quotient(self, left: Any, right: Any, inverse: Any) -> Any:
+        """Return the quotient of whole numbers below 2³² by the inverse, rounded to nearest as a division's.
+
+        It takes a third of the cycles. The remainder of the first quotient is exact, and the second is the nearest.
+
+        Source: Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, IBM Journal of
+        Research and Development 34(1), 1990, doi 10.1147/rd.341.0111.
+        """
+        builder, kind = self._builder, vector(REAL)
+        fused = known(builder, f"llvm.fma.v{LANES}f64", kind, kind, kind, kind)
+        near = builder.fmul(left, inverse)
+        rest = builder.call(fused, [builder.fneg(near), right, left])
+        return builder.call(fused, [rest, inverse, near])
 
     def _real(self, place: int) -> Any:
         """Return a value as numbers: 1 where it is true, 0 where it is false."""

@@ -6,7 +6,7 @@ import pytest
 from rewarded_lines.checkpoints.dtypes import BF16, F64
 from rewarded_lines.kernels import machine_code
 from rewarded_lines.kernels.blocks import BLOCK
-from rewarded_lines.kernels.rule_programs import programs
+from rewarded_lines.kernels.rule_programs import RANKS, Notes, programs
 from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, uniform_numbers
 from rewarded_lines.merger.merge_rules import dare_ties, ties
@@ -130,3 +130,13 @@ def test_thresholds_are_no_part_of_the_code():
         (program,) = programs([step], [NUMBERS, None])
         code.add(program.loop.address)
     assert len(code) == 1
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 8, 1000, 4097, 65_521])
+def test_ranks_divided_by_a_constant_have_the_bits_of_a_division(width):
+    notes = Notes()
+    notes.symbol("result", 0, (notes.symbol("source", 0) / (width - 1)).place)
+    loop = machine_code.translated(tuple(notes.places), (RANKS,), "float64")
+    ranks, out = np.arange(width, dtype=np.uint32), np.empty(width)
+    loop.run([ranks], np.array([width - 1.0]), [out])
+    assert np.array_equal(out, ranks / (width - 1.0))
