@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels import numpy_kernels
 from rewarded_lines.kernels.blocks import Array, Workspace
 from rewarded_lines.kernels.file_measures import RUN, SPARE, measure
 from rewarded_lines.kernels.magnitudes import HELD, Magnitudes, largest
@@ -47,7 +47,7 @@ class _Between:
         self._between = np.empty((len(bounds), RUN + SPARE))
         self.targets = [*self._run.reshape(-1, 1), *self._between, self._none]
 
-    def take(self, _name: str, _start: int, count: int) -> None:
+    def take(self, count: int) -> None:
         """See `Counter`."""
         found = [(inside, above, count - below - above, bottom) for inside, below, above, bottom in self._run.tolist()]
         self._add(found, int(self._none[0]))
@@ -60,7 +60,8 @@ class _Between:
         """See `Counter`."""
         values = workspace.merged_residuals([self._rule]) if self._rule else ()
         pairs = [(workspace.nothing(), row) for row in values] or workspace.pairs()
-        self._add(*kernels.count_between(pairs, self._bounds, list(self._between)))
+        with np.errstate(all="ignore"):
+            self._add(*numpy_kernels.count_between(pairs, self._bounds, list(self._between)))
 
     def _add(self, found: Sequence[tuple[int, ...]], none: int) -> None:
         self.zeros += none
@@ -87,15 +88,17 @@ def ranked_between(
         limits = [(math.nextafter(low, -1), math.nextafter(high, math.inf)) for low, high in limits]
 
     def note(notes: Notes, residuals: Sequence[Any]) -> None:
-        ruled = [rule.residual([residuals[row] for row in rule.rows], ())] if rule else residuals
-        note_between(notes, ruled, len(limits), ends, zeros=rule is not None)
+        values = residuals
+        if rule:
+            values = [rule.residual([residuals[row] for row in rule.rows], ())]
+            notes.symbol("finite", values[0].place)
+        note_between(notes, values, len(limits), ends, zeros=rule is not None)
 
     def begin() -> _Between:
         counters.append(_Between(limits, ends, rule))
         return counters[-1]
 
-    inputs = values.base, values.policies, values.names, values.threads
-    measure(*inputs, begin, note, factors_between(limits), plain=rule is None)
+    measure(values.base, values.policies, values.names, values.threads, begin, note, factors_between(limits))
     ranks, found = wanted(sum(each.zeros for each in counters)), []
     counts = sum((each.counts for each in counters), np.zeros((len(bounds), 3), np.int64))
     for row, (rank, bound, (above, top, bottom)) in enumerate(zip(ranks, bounds, counts, strict=True)):

@@ -151,14 +151,13 @@ class Workspace:
         made = self._programs(steps, bare) if kernels.is_long() else None
         if made is None:
             return False
-        sources = [self.residuals()[row - 1] if raw is None else raw for row, raw in enumerate(self._raw)]
         ranked = made[0].ranked
         ranks = self._buffer(f"ranks of {len(ranked)}", np.dtype(np.uint32), len(ranked))[:, : self.values(0).size]
         for mask, row in zip(ranked, ranks, strict=True):
             mask.ranks(self.run, self._start, row)
         return all(
             program.loop.run(
-                [*sources, *ranks], program.parameters, [outs[index] for index in program.outputs], self._start
+                [*self.inputs(), *ranks], program.parameters, [outs[index] for index in program.outputs], self._start
             )
             for program in made
         )
@@ -224,6 +223,10 @@ class Workspace:
         """Return two arrays of the loaded block whose difference is τ of a policy: stored values, or nothing and τ."""
         adapter = self._raw[row + 1] is None
         return (self.nothing(), self.residuals()[row]) if adapter else (self.values(0), self.values(row + 1))
+
+    def inputs(self) -> list[Array]:
+        """Return what the base and each policy have of the loaded block: stored values, or τ."""
+        return [self.residuals()[row - 1] if raw is None else raw for row, raw in enumerate(self._raw)]
 
     def pairs(self) -> list[tuple[Array, Array]]:
         """Return the `pair` of every policy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,57 +31,60 @@ class Counter(Protocol):
 
     targets: Sequence[Array]
 
-    def take(self, name: str, start: int, count: int) -> None:
-        """Take from the targets what a run of machine code added."""
+    def take(self, count: int) -> None:
+        """Take from the targets what machine code added for so many values."""
 
     def clear(self) -> None:
-        """Set what machine code adds to back to 0."""
+        """Set the targets back to 0."""
 
     def look(self, workspace: Workspace) -> None:
-        """Take what the block in a workspace adds."""
+        """Take what the block in a workspace adds, by numpy."""
 
 
-class FileMeasure(NamedTuple):
-    """A program that counts or adds over the residuals of one tensor of files.
+class Measure(NamedTuple):
+    """A program that counts or adds over the residuals of one tensor.
 
     Attributes:
-        tensor: where it is.
         loop: see `machine_code.Loop`.
         parameters: its constants and factors.
+        tensor: None if not all of it is in files.
     """
 
-    tensor: FileTensor
     loop: Any
     parameters: Array
+    tensor: FileTensor | None
 
-    def run(self, values: range, targets: Sequence[Array]) -> bool:
+    def files(self, values: range, targets: Sequence[Array]) -> bool:
         """Add to the targets what some values give, a multiple of `LANES`; return False as `FileTensor.read`."""
+        if self.tensor is None:
+            return False
         buffers = self.tensor.buffers(min(len(values), kernels.compiled_files().PIECE))
         return self.tensor.read(values, [Call(self.loop, self.parameters, targets)], buffers)
 
+    def block(self, workspace: Workspace, targets: Sequence[Array]) -> bool:
+        """Add what the block in a workspace gives, likewise."""
+        inputs = workspace.inputs()
+        done: bool = self.loop.measure(inputs, self.parameters, targets, inputs[0].size)
+        return done
 
-def file_measure(
-    sources: Sequence[Source], name: str, note: Note, factors: Sequence[float], plain: bool
-) -> FileMeasure | None:
-    """Return what measures a tensor in one pass over files; None if that needs more than machine code.
 
-    Args:
-        sources: the base and the policies.
-        name: the tensor.
-        note: see `Note`.
-        factors: the program's numbers.
-        plain: whether the program only compares residuals. What others make of float64 may not be finite.
-    """
-    tensor, notes = file_tensor(sources, name), Notes()
-    if tensor is None or not (plain or all(kind != np.float64 for kind in tensor.kinds)):
+def _measure(sources: Sequence[Source], name: str, note: Note, factors: Sequence[float]) -> Measure | None:
+    """Return what measures a tensor; None if that needs more than machine code, or work is too short for it."""
+    if not kernels.is_long():
         return None
+    code, notes = kernels.machine_code(), Notes()
+    stored = [source.tensors[name].dtype.storage if name in source.tensors else None for source in sources]
+    kinds = [kind or np.dtype(np.float64) for kind in stored]
+    if not code.supports(*kinds):
+        return None
+    rows = [notes.residual(row, 0) if stored[row] else notes.symbol("source", row) for row in range(1, len(stored))]
     try:
-        note(notes, [notes.residual(row, 0) for row in range(1, len(sources))])
+        note(notes, rows)
     except (TypeError, ValueError, AttributeError):
         return None
-    loop = kernels.machine_code().translated(tuple(notes.places), tuple(kind.name for kind in tensor.kinds), "float64")
-    constants = [float(text) for text in notes.constants]
-    return FileMeasure(tensor, loop, np.array([*constants, *factors]))
+    loop = code.translated(tuple(notes.places), tuple(kind.name for kind in kinds), "float64")
+    parameters = np.array([*(float(text) for text in notes.constants), *factors])
+    return Measure(loop, parameters, file_tensor(sources, name))
 
 
 def measure(
@@ -91,8 +94,7 @@ def measure(
     threads: int,
     begin: Callable[[], Counter],
     note: Note,
-    factors: Sequence[float] = (),
-    plain: bool = True,
+    factors: Sequence[float],
     unit: int = 8,
 ) -> None:
     """Pass all values of some tensors through counters, one for each thread.
@@ -104,34 +106,45 @@ def measure(
         threads: 0 for all cores.
         begin: called once in each thread.
         note: see `Note`.
-        factors: see `file_measure`.
-        plain: likewise.
+        factors: the program's numbers.
         unit: so many values are taken together by machine code, counted from a tensor's start.
     """
-    sources = [base, *policies]
-    measures = {name: file_measure(sources, name, note, factors, plain) for name in names}
-    runs = [
-        (name, start, min(RUN, base.tensors[name].elements - start))
-        for name in names
-        for start in range(0, base.tensors[name].elements, RUN)
-    ]
+    measures = {name: _measure([base, *policies], name, note, factors) for name in names}
+    elements = [(name, base.tensors[name].elements) for name in names]
+    runs = [(name, start, min(RUN, count - start)) for name, count in elements for start in range(0, count, RUN)]
+    share_out(runs, lambda: _Thread(Workspace(base, policies), begin(), measures, unit).run, threads)
 
-    def worker() -> Callable[[tuple[str, int, int]], None]:
-        workspace, counter = Workspace(base, policies), begin()
 
-        def work(run: tuple[str, int, int]) -> None:
-            (name, start, count), measure = run, measures[run[0]]
-            whole = count // unit * unit if measure else 0
-            if measure and whole:
-                if measure.run(range(start, start + whole), counter.targets):
-                    counter.take(name, start, whole)
-                else:
-                    whole = 0
-                counter.clear()
-            for first, size in blocks_of(count - whole):
-                workspace.load(name, start + whole + first, size)
-                counter.look(workspace)
+class _Thread:
+    """Passes runs of values through one counter."""
 
-        return work
+    def __init__(
+        self, workspace: Workspace, counter: Counter, measures: Mapping[str, Measure | None], unit: int
+    ) -> None:
+        self._workspace, self._counter, self._measures, self._unit = workspace, counter, measures, unit
 
-    share_out(runs, worker, threads)
+    def run(self, part: tuple[str, int, int]) -> None:
+        """Take some values of a tensor: by name, start and number."""
+        name, start, count = part
+        measure, whole = self._measures[name], count // self._unit * self._unit
+        values = range(start, start + whole)
+        if not (measure and whole and self._taken(measure.files(values, self._counter.targets), whole)):
+            whole = 0
+        for first, size in blocks_of(count - whole):
+            self._block(name, start + whole + first, size, measure)
+
+    def _block(self, name: str, start: int, count: int, measure: Measure | None) -> None:
+        whole = count // self._unit * self._unit if measure else 0
+        for first, size in ((start, whole), (start + whole, count - whole)):
+            if size:
+                self._workspace.load(name, first, size)
+                done = measure and first == start and whole and measure.block(self._workspace, self._counter.targets)
+                if not self._taken(bool(done), size):
+                    self._counter.look(self._workspace)
+
+    def _taken(self, done: bool, count: int) -> bool:
+        """Let the counter take so many values if machine code is done with them; return whether it is."""
+        if done:
+            self._counter.take(count)
+        self._counter.clear()
+        return done

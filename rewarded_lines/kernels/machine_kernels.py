@@ -14,12 +14,10 @@ import numpy as np
 
 from rewarded_lines.kernels import numpy_kernels
 from rewarded_lines.kernels.machine_code import Loop, supports, translated
-from rewarded_lines.kernels.measure_programs import factors_between, note_between, note_overlaps
 from rewarded_lines.kernels.rule_programs import Notes
 from rewarded_lines.kernels.vectors import LANES
 
 Array = np.ndarray[Any, Any]
-Pair = tuple[Array, Array]
 _INFINITE = 0x7FF << 52
 
 
@@ -117,57 +115,6 @@ def _note_among(notes: Notes) -> None:
     size = abs(notes.symbol("source", 0))
     inside = (size >= notes.symbol("factor", 0)) & (size < notes.symbol("factor", 1))
     notes.symbol("collect", 0, 1, inside.place, size.place)
-
-
-def count_between(
-    pairs: Sequence[Pair], bounds: Sequence[tuple[float, float]], found: Sequence[Array]
-) -> tuple[list[tuple[int, ...]], int]:
-    """See `numpy_kernels.count_between`."""
-    (sources, places), rows = _distinct(pairs), len(bounds)
-    counts, zeros = np.zeros((rows, 4), np.int64), np.zeros(1, np.int64)
-    factors = factors_between(bounds)
-    rest = _measured(_note_between, sources, [*counts.reshape(-1, 1), *found, zeros], factors, rows, *places)
-    if not rest:
-        return numpy_kernels.count_between(pairs, bounds, found)
-    first: list[tuple[int, ...]] = [
-        (inside, above, rest - below - above, bottom) for inside, below, above, bottom in counts.tolist()
-    ]
-    if rest == sources[0].size:
-        return first, int(zeros[0])
-    last = [(base[rest:], policy[rest:]) for base, policy in pairs]
-    places_left = [out[row[0] :] for out, row in zip(found, first, strict=True)]
-    more, others = numpy_kernels.count_between(last, bounds, places_left)
-    both: list[tuple[int, ...]] = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, more, strict=True)]
-    return both, int(zeros[0]) + others
-
-
-def _note_between(notes: Notes, bounds: int, *places: int) -> None:
-    note_between(notes, _residuals(notes, places), bounds)
-
-
-def count_overlaps(pairs: Sequence[Pair], changed: float, counts: Array) -> None:
-    """See `numpy_kernels.count_overlaps`."""
-    (sources, places), found = _distinct(pairs), np.zeros((counts.size, 1), np.int64)
-    rest = _measured(_note_overlaps, sources, list(found), [changed], *places)
-    if rest:
-        shared, large = found.reshape(2, -1)
-        counts += shared, large - shared
-    numpy_kernels.count_overlaps([(base[rest:], policy[rest:]) for base, policy in pairs], changed, counts)
-
-
-def _note_overlaps(notes: Notes, *places: int) -> None:
-    note_overlaps(notes, _residuals(notes, places))
-
-
-def _residuals(notes: Notes, places: Sequence[int]) -> list[Any]:
-    return [notes.residual(policy, base) for base, policy in zip(places[::2], places[1::2], strict=True)]
-
-
-def _distinct(pairs: Sequence[Pair]) -> tuple[list[Array], list[int]]:
-    """Return the arrays of all pairs, each once, for most have one base; and where those of each pair are."""
-    sources = {id(values): values for pair in pairs for values in pair}
-    order = list(sources)
-    return list(sources.values()), [order.index(id(values)) for pair in pairs for values in pair]
 
 
 def _ends(prefix: int, shift: int) -> list[float]:

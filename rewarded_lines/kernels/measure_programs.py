@@ -52,7 +52,9 @@ def note_overlaps(notes: Notes, values: Sequence[Any]) -> None:
 
 def note_squares(notes: Notes, values: Sequence[Any], measured: Callable[[Sequence[Any]], Any]) -> None:
     """Note the sums of the squares of each of the values where what is measured of all is at least a factor."""
-    selected = measured(values) >= notes.symbol("factor", 0)
+    measure = measured(values)
+    notes.symbol("finite", measure.place)
+    selected = measure >= notes.symbol("factor", 0)
     for row, value in enumerate(values):
         chosen = value * selected
         notes.symbol("sum", row, (chosen * chosen).place)

@@ -145,7 +145,7 @@ class Facts:
             def note(notes: Notes, residuals: Sequence[Any]) -> None:
                 note_squares(notes, [residuals[row] for row in rows], spread)
 
-            measure(self._base, self._policies, [name], 1, lambda: counter, note, [least], plain=False, unit=PIECE)
+            measure(self._base, self._policies, [name], 1, lambda: counter, note, [least], PIECE)
             sums = [exact_sum(parts) for parts in counter.parts]
             total = exact_sum(sums) or 1.0
             return least, {row: one / total for row, one in zip(rows, sums, strict=True)}
@@ -260,7 +260,7 @@ class _Squares:
 
         self._steps = [TensorMerge(F64, None, tuple(rows), rule=partial(squared, index)) for index in range(len(rows))]
 
-    def take(self, _name: str, _start: int, count: int) -> None:
+    def take(self, count: int) -> None:
         """See `Counter`; as numpy adds up a piece: sums of sums of two."""
         sums = self._sums[:, : count // SUMMED].reshape(len(self.parts), -1, PIECE // SUMMED)
         while sums.shape[-1] > 1:
@@ -269,7 +269,7 @@ class _Squares:
             parts += found
 
     def clear(self) -> None:
-        """See `Counter`; each run has other places."""
+        """See `Counter`; each sum is written anew."""
 
     def look(self, workspace: Workspace) -> None:
         """See `Counter`."""

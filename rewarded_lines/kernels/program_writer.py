@@ -13,6 +13,7 @@ from rewarded_lines.kernels.rule_programs import RANKS, Operation
 from rewarded_lines.kernels.vectors import (
     BITS,
     BYTE,
+    EXPONENT,
     HALF,
     INFINITE,
     LANES,
@@ -141,6 +142,9 @@ class ProgramWriter:
                 self._collect(*operation.operands)
             elif operation.kind == "sum":
                 self._sum(*operation.operands)
+            elif operation.kind == "finite":
+                bits = self._builder.bitcast(self._values[operation.operands[0]], vector(BITS))
+                self._note("result", self._builder.and_(bits, every(BITS, EXPONENT)))
             elif operation.kind == "tally":
                 self._tally(*operation.operands)
             elif operation in self._inverses:

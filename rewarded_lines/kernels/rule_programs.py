@@ -30,7 +30,7 @@ class Operation(NamedTuple):
     Attributes:
         kind: "source" (stored values, or residuals), "random" (24 random bits as a number), "constant", "factor" (a
             number of each output), "single" (rounded to float32); "result",
-            "count", "collect", "sum", "tally"; or the operation's name in LLVM's builder.
+            "count", "collect", "sum", "tally", "finite" (to be looked at); or the operation's name in LLVM's builder.
         operands: places of values in the program; of an input, its index.
         truth: whether the value is true or false.
     """

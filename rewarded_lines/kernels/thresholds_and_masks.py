@@ -12,7 +12,7 @@ import blake3
 import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import kernels
+from rewarded_lines.kernels import kernels, numpy_kernels
 from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace
 from rewarded_lines.kernels.file_measures import measure
 from rewarded_lines.kernels.measure_programs import note_overlaps
@@ -62,7 +62,7 @@ class _Overlaps:
         self._rows, self._changed = rows, changed
         self.targets = list(self._run.reshape(-1, 1))
 
-    def take(self, _name: str, _start: int, _count: int) -> None:
+    def take(self, _: int) -> None:
         """See `Counter`."""
         shared, large = self._run
         self.counts += shared, large - shared
@@ -73,7 +73,9 @@ class _Overlaps:
 
     def look(self, workspace: Workspace) -> None:
         """See `Counter`."""
-        kernels.count_overlaps([workspace.pair(row) for row in self._rows], self._changed, self.counts)
+        pairs = [workspace.pair(row) for row in self._rows]
+        with np.errstate(all="ignore"):
+            numpy_kernels.count_overlaps(pairs, self._changed, self.counts)
 
 
 def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:

@@ -24,8 +24,8 @@ def models(tmp_path, request, monkeypatch):
     steps = generator.normal(0, 0.1, (3, COUNT)) * (generator.random((3, COUNT)) < [[1.0], [0.5], [0.02]])
     for name, values in zip(("base", "one", "two", "few"), (base, *(base + steps)), strict=True):
         save_file({"w": torch.from_numpy(values).to(request.param)}, tmp_path / f"{name}.safetensors")
-    done, run = [], file_measures.FileMeasure.run
-    monkeypatch.setattr(file_measures.FileMeasure, "run", lambda *given: done.append(run(*given)) or done[-1])
+    done, read = [], file_measures.Measure.files
+    monkeypatch.setattr(file_measures.Measure, "files", lambda *given: done.append(read(*given)) or done[-1])
     for module in (file_measures, between_bounds, norms):
         monkeypatch.setattr(module, "RUN", 2 * PIECE)
     monkeypatch.setattr(ranking, "_FEW", 0)

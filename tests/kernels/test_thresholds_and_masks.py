@@ -10,10 +10,9 @@ from safetensors.numpy import save_file
 
 from rewarded_lines.checkpoints.dtypes import F64, FLOATS
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import between_bounds, machine_kernels, numpy_kernels, row_ranks
+from rewarded_lines.kernels import between_bounds, numpy_kernels, row_ranks
 from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import BLOCK
-from rewarded_lines.kernels.file_measures import SPARE
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
 from rewarded_lines.kernels.magnitudes import Magnitudes
 from rewarded_lines.kernels.tensor_merge import TensorMerge
@@ -98,7 +97,7 @@ def test_a_share_of_what_is_not_zero(sources, monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("kind", FLOATS)
-def test_values_between_two_are_the_same_by_either(kind, special):
+def test_values_between_two(kind, special):
     generator = np.random.default_rng(3)
     values = np.round(generator.normal(0, 40, (2, 1001))) / 16
     if special:
@@ -109,20 +108,15 @@ def test_values_between_two_are_the_same_by_either(kind, special):
     # Each of two policies, the second of which is the first with another sign, has three of the bounds.
     bounds = [(0.0, 0.0), (0.0, 1.0), (1.0, 2.5), (2.5, 2.5), (1.0, np.inf), (np.inf, np.inf)]
     pairs = [(stored[0], stored[1]), (stored[1], stored[0])]
-    found = np.zeros((2, 6, 1001 + SPARE))
-    by_numpy, by_machine = (
-        loops.count_between(pairs, bounds, out)
-        for loops, out in zip((numpy_kernels, machine_kernels), found, strict=True)
-    )
-    assert by_numpy == by_machine
+    found = np.zeros((6, 1001))
+    counts, zeros = numpy_kernels.count_between(pairs, bounds, found)
     sizes = np.abs(np.where(values[0] == values[1], 0.0, values[1] - values[0]))
     for row, (low, high) in enumerate(bounds):
         inside = np.sort(sizes[(sizes > low) & (sizes < high)])
         above = np.isnan(sizes).sum() + (sizes > high).sum()
         ends = above, (sizes == high).sum(), (sizes == low).sum() * (low < high)
-        assert by_numpy[0][row] == (inside.size, *ends) and by_numpy[1] == (sizes == 0).sum()
-        for out in found:
-            assert np.array_equal(np.sort(out[row, : inside.size]), inside)
+        assert counts[row] == (inside.size, *ends) and zeros == (sizes == 0).sum()
+        assert np.array_equal(np.sort(found[row, : inside.size]), inside)
 
 
 UNKIND = {
@@ -140,22 +134,17 @@ UNKIND = {
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("kind", FLOATS)
-def test_ranks_and_overlaps_are_the_same_by_either(kind):
+def test_ranks_are_the_same_by_either(kind):
     generator = np.random.default_rng(5)
     for (name, values), width in itertools.product(UNKIND.items(), (1, 2, 31, 3001)):
         count = -(-3002 // width) * width
         pair = np.empty((2, count), FLOATS[kind].storage)
         for out, wide in zip(pair, values(*generator.standard_normal((2, count))), strict=True):
             numpy_kernels.cast(wide, out)
-        sizes, ranks = np.empty(count), np.zeros((2, 3000), np.uint32)
-        numpy_kernels.residual(*pair, sizes)
+        ranks = np.zeros((2, 3000), np.uint32)
         for loops, out in zip((numpy_kernels, row_ranks), ranks, strict=True):
             loops.rank_rows(*pair, width, min(1, width - 1), out)
         assert np.array_equal(*ranks) and (width == 1 or ranks.any()), (name, width)
-        nothing, counts = np.zeros(count), np.zeros((2, 2, 2), np.int64)
-        for loops, found in zip((numpy_kernels, machine_kernels), counts, strict=True):
-            loops.count_overlaps([(pair[0], pair[1]), (nothing, sizes[::-1].copy())], 0.5, found)
-        assert np.array_equal(*counts), (name, width)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.9])
