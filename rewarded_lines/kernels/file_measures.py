@@ -23,13 +23,11 @@ Note = Callable[[Notes, Sequence[Any]], None]
 
 
 class Counter(Protocol):
-    """What one thread finds.
+    """What one thread finds."""
 
-    Attributes:
-        targets: what machine code adds to.
-    """
-
-    targets: Sequence[Array]
+    @property
+    def targets(self) -> Sequence[Array]:
+        """Return what machine code adds to."""
 
     def take(self, count: int) -> None:
         """Take from the targets what machine code added for so many values."""

@@ -148,7 +148,8 @@ class ProgramWriter:
             elif operation.kind == "tally":
                 self._tally(*operation.operands)
             elif operation in self._inverses:
-                self._values[place] = self._quotient(*map(self._real, operation.operands), self._inverses[operation])
+                left, right = map(self._real, operation.operands)
+                self._values[place] = self._quotient(left, right, self._inverses[operation])
             elif place not in self._values:
                 self._values[place] = self._value(operation)
 

@@ -230,6 +230,8 @@ def _operator(kind: str, turned: bool = False) -> Callable[[Symbol, Any], Any]:
     """Return the method of an operator; if `turned`, its right operand comes first."""
 
     def method(self: Symbol, other: Any) -> Any:
+        if kind == "fmul" and not self.truth and not isinstance(other, Symbol) and other == 1:
+            return self
         noted = other if isinstance(other, Symbol) else self.notes.constant(other)
         logic = kind in _LOGIC.values()
         # numpy adds truth values as truth values.
