@@ -28,6 +28,7 @@ from rewarded_lines.kernels.vectors import (
     larger,
     loaded,
     place_of,
+    quotient,
     rounded,
     vector,
     vector_place,
@@ -149,7 +150,7 @@ class ProgramWriter:
                 self._tally(*operation.operands)
             elif operation in self._inverses:
                 left, right = map(self._real, operation.operands)
-                self._values[place] = self._quotient(left, right, self._inverses[operation])
+                self._values[place] = quotient(self._builder, left, right, self._inverses[operation])
             elif place not in self._values:
                 self._values[place] = self._value(operation)
 
@@ -190,20 +191,6 @@ class ProgramWriter:
     def _ranks_by_constant(self, operations: Sequence[Operation], quotient: Operation) -> bool:
         left, right = (operations[place] for place in quotient.operands)
         return left.kind == "source" and self._stored[left.operands[0]] == RANKS and right.kind == "constant"
-
-    def _quotient(self, left: Any, right: Any, inverse: Any) -> Any:
-        """Return the quotient of whole numbers below 2³² by the inverse, rounded to nearest as a division's.
-
-        It takes a third of the cycles. The remainder of the first quotient is exact, and the second is the nearest.
-
-        Source: Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, IBM Journal of
-        Research and Development 34(1), 1990, doi 10.1147/rd.341.0111.
-        """
-        builder, kind = self._builder, vector(REAL)
-        fused = known(builder, f"llvm.fma.v{LANES}f64", kind, kind, kind, kind)
-        near = builder.fmul(left, inverse)
-        rest = builder.call(fused, [builder.fneg(near), right, left])
-        return builder.call(fused, [rest, inverse, near])
 
     def _real(self, place: int) -> Any:
         """Return a value as numbers: 1 where it is true, 0 where it is false."""

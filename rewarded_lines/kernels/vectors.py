@@ -106,3 +106,18 @@ def rounded(builder: ir.IRBuilder, value: Any, kind: str) -> tuple[Any, Any]:
     # A sum with a positive number loses the sign of a zero: put it back.
     sign = builder.trunc(builder.lshr(bits, every(BITS, 48)), vector(SHORT))
     return builder.or_(codes, builder.and_(sign, every(SHORT, 0x8000))), exponent
+
+
+def quotient(builder: ir.IRBuilder, left: Any, right: Any, inverse: Any) -> Any:
+    """Return the quotient of whole numbers below 2³², by the inverse: the bits of a division in a third of its time.
+
+    The remainder of the first quotient is exact, so that the second one is the nearest number.
+
+    Source: Markstein, Computation of elementary functions on the IBM RISC System/6000 processor, IBM Journal of
+    Research and Development 34(1), 1990, doi 10.1147/rd.341.0111.
+    """
+    kind = vector(REAL)
+    fused = known(builder, f"llvm.fma.v{LANES}f64", kind, kind, kind, kind)
+    near = builder.fmul(left, inverse)
+    rest = builder.call(fused, [builder.fneg(near), right, left])
+    return builder.call(fused, [rest, inverse, near])
