@@ -33,8 +33,22 @@ def models(tmp_path, request, monkeypatch):
     return tmp_path, done
 
 
-def measured(folder):
+class Moved:
+    """A policy that computes its residual, as adapters do."""
+
+    tensors = {}
+
+    def touches(self, name):
+        return True
+
+    def residual_into(self, name, start, out):
+        out[:] = np.sin(np.arange(start, start + out.size)) * 0.1
+
+
+def measured(folder, adapter=False):
     base, *policies = (TensorFiles([folder / f"{name}.safetensors"]) for name in ("base", "one", "two", "few"))
+    if adapter:
+        policies[1] = Moved()
     facts = Facts(base, policies, ["w"])
     rows = [0, 1, 2]
     return [
@@ -53,6 +67,15 @@ def test_all_is_as_by_numpy(models, monkeypatch, tied):
     assert not done
     monkeypatch.setattr(kernels, "ENOUGH", -1)
     assert measured(folder) == expected and done and all(done)
+
+
+def test_what_an_adapter_adds_is_measured_by_blocks(models, monkeypatch):
+    folder, done = models
+    blocks, block = [], file_measures.Measure.block
+    monkeypatch.setattr(file_measures.Measure, "block", lambda *given: blocks.append(block(*given)) or blocks[-1])
+    expected = measured(folder, adapter=True)
+    monkeypatch.setattr(kernels, "ENOUGH", -1)
+    assert measured(folder, adapter=True) == expected and not any(done) and blocks and all(blocks)
 
 
 def test_what_is_not_finite_is_left_to_numpy(models, monkeypatch):
