@@ -10,9 +10,8 @@ import numpy as np
 
 from rewarded_lines.kernels import numpy_kernels
 from rewarded_lines.kernels.blocks import Array, Workspace
-from rewarded_lines.kernels.file_measures import RUN, SPARE, measure
 from rewarded_lines.kernels.magnitudes import HELD, Magnitudes, largest
-from rewarded_lines.kernels.measure_programs import factors_between, note_between
+from rewarded_lines.kernels.measures import RUN, SPARE, factors_between, measure, note_between
 from rewarded_lines.kernels.rule_programs import Notes
 from rewarded_lines.kernels.tensor_merge import TensorMerge
 

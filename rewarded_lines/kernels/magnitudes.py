@@ -11,7 +11,7 @@ import numpy as np
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels
 from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace, all_blocks
-from rewarded_lines.kernels.file_measures import SPARE
+from rewarded_lines.kernels.measures import SPARE
 from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 

@@ -17,9 +17,8 @@ from rewarded_lines.checkpoints.dtypes import F64
 from rewarded_lines.checkpoints.hashing import TensorDigests
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels.blocks import BLOCK, PIECE, Source, Workspace, blocks_of, piece_sums, pieces
-from rewarded_lines.kernels.file_measures import RUN, measure
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
-from rewarded_lines.kernels.measure_programs import SUMMED, note_squares
+from rewarded_lines.kernels.measures import RUN, SUMMED, measure, note_squares
 from rewarded_lines.kernels.rule_programs import Notes
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out

@@ -7,7 +7,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from rewarded_lines.kernels.measure_programs import SUMMED
+from rewarded_lines.kernels.measures import SUMMED
 from rewarded_lines.kernels.philox import Philox
 from rewarded_lines.kernels.rule_programs import RANKS, Operation
 from rewarded_lines.kernels.vectors import (

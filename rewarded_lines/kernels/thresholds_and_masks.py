@@ -14,8 +14,7 @@ import numpy as np
 from rewarded_lines.checkpoints.reader import TensorFiles
 from rewarded_lines.kernels import kernels, numpy_kernels
 from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace
-from rewarded_lines.kernels.file_measures import measure
-from rewarded_lines.kernels.measure_programs import note_overlaps
+from rewarded_lines.kernels.measures import measure, note_overlaps
 from rewarded_lines.kernels.rule_programs import Notes
 from rewarded_lines.kernels.tensor_merge import Run
 

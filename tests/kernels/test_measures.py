@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import between_bounds, file_measures, kernels, norms
+from rewarded_lines.kernels import between_bounds, kernels, measures, norms
 from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import PIECE
 from rewarded_lines.kernels.norms import Facts
@@ -24,9 +24,9 @@ def models(tmp_path, request, monkeypatch):
     steps = generator.normal(0, 0.1, (3, COUNT)) * (generator.random((3, COUNT)) < [[1.0], [0.5], [0.02]])
     for name, values in zip(("base", "one", "two", "few"), (base, *(base + steps)), strict=True):
         save_file({"w": torch.from_numpy(values).to(request.param)}, tmp_path / f"{name}.safetensors")
-    done, read = [], file_measures.Measure.files
-    monkeypatch.setattr(file_measures.Measure, "files", lambda *given: done.append(read(*given)) or done[-1])
-    for module in (file_measures, between_bounds, norms):
+    done, read = [], measures.Measure.files
+    monkeypatch.setattr(measures.Measure, "files", lambda *given: done.append(read(*given)) or done[-1])
+    for module in (measures, between_bounds, norms):
         monkeypatch.setattr(module, "RUN", 2 * PIECE)
     monkeypatch.setattr(ranking, "_FEW", 0)
     monkeypatch.setattr(ranking, "_THINNED", 16)
@@ -71,8 +71,8 @@ def test_all_is_as_by_numpy(models, monkeypatch, tied):
 
 def test_what_an_adapter_adds_is_measured_by_blocks(models, monkeypatch):
     folder, done = models
-    blocks, block = [], file_measures.Measure.block
-    monkeypatch.setattr(file_measures.Measure, "block", lambda *given: blocks.append(block(*given)) or blocks[-1])
+    blocks, block = [], measures.Measure.block
+    monkeypatch.setattr(measures.Measure, "block", lambda *given: blocks.append(block(*given)) or blocks[-1])
     expected = measured(folder, adapter=True)
     monkeypatch.setattr(kernels, "ENOUGH", -1)
     assert measured(folder, adapter=True) == expected and not any(done) and blocks and all(blocks)
