@@ -94,7 +94,7 @@ def diagnose(config: Path | None = None, *, thorough: bool = False, progress: Pr
         "processor": _processor,
         "disks": lambda: _disks(config.parent if config else Path()),
         "Hub": _hub,
-        "caches": _caches,
+        "temporary files": _temporary,
         "project": lambda: _project(config),
     }
     progress.expect(len(checks))
@@ -116,7 +116,7 @@ def _judge(name: str, ok: str, wrong: str, remedy: str, state: State = "warning"
 
 def _packages() -> Iterator[Finding]:
     python = platform.python_version()
-    # Newer Pythons may lack wheels of numba or vLLM.
+    # Newer Pythons may lack wheels of llvmlite or vLLM.
     wrong = f"{python}; tested up to 3.13, some packages may lack wheels" if sys.version_info >= (3, 14) else ""
     remedy = _made("PYTHON=python3.13", f"python3.13 -m venv .venv-3.13 && .venv-3.13/bin/pip install {OURS}")
     yield _judge("Python", f"{python}, {sys.executable}", wrong, remedy)
@@ -249,17 +249,7 @@ def _hub() -> Iterator[Finding]:
     yield _judge("Hub cache", hub, wrong, "export HF_HOME=/a/folder/of/yours", "broken")
 
 
-def _caches() -> Iterator[Finding]:
-    # numba keeps the kernels that rank values here, or else in the user's cache.
-    chosen = os.environ.get("NUMBA_CACHE_DIR")
-    places = [Path(chosen) if chosen else Path(__file__).parent / "kernels/__pycache__"]
-    # RuntimeError: the user has no home.
-    with suppress(RuntimeError):
-        user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        places += [] if chosen else [user / "numba"]
-    usable = next((str(place) for place in places if not refusal(place)), "")
-    wrong = f"{places[0]}: {refusal(places[0])}; each merge by DELLA compiles its kernels anew, some seconds each"
-    yield _judge("kernel cache", usable, "" if usable else wrong, "export NUMBA_CACHE_DIR=/a/folder/of/yours")
+def _temporary() -> Iterator[Finding]:
     # Last, because it raises if no folder for temporary files can be used.
     asked, used = os.environ.get("TMPDIR"), tempfile.gettempdir()
     other = asked and os.path.realpath(asked) != os.path.realpath(used)

@@ -18,7 +18,7 @@ from pathlib import Path
 CORE = frozenset(
     """
     annotated_doc annotated_types anyio blake3 certifi click filelock fsspec h11 hf_xet httpcore httpcore2 httpx httpx2
-    huggingface_hub idna llvmlite markdown_it mdurl numba numpy packaging pydantic pydantic_core pygments
+    huggingface_hub idna llvmlite markdown_it mdurl numpy packaging pydantic pydantic_core pygments
     rewarded_lines rich safetensors shellingham sniffio tokenizers tqdm truststore typer typing_extensions
     typing_inspection yaml
     """.split()

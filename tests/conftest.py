@@ -54,7 +54,7 @@ def pytest_collection(session):
     from rewarded_lines.kernels import kernels
 
     torch.set_num_threads(1)
-    # Tensors of tests are small: numpy's loops, whose bits are the same, are done before numba has compiled the others.
+    # Tensors of tests are small: numpy's loops, whose bits are the same, are done before LLVM has compiled the others.
     # Those have tests in tests/kernels and in test_exactness.py.
     kernels.ENOUGH = 1 << 62
     # That a machine is slow or busy is no fault of what is tested.

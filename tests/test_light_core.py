@@ -19,13 +19,10 @@ from rewarded_lines.merger.methods import METHODS
 TOKEN = "hf_" + "Canary" * 6
 WHOLE = ("--base", "sft", "--policy", "first", "--policy", "second", "--quiet")
 ADAPTERS = ("--base", "sft", "--policy", "lora-a", "--policy", "lora-b", "--quiet")
-# Long merges use machine code, and those that rank use numba.
+# Long merges use machine code.
 COMPILED = """
 import numpy
-from rewarded_lines.kernels import compiled_ranks, kernels
-values, ranks = numpy.array([1.0, 0.5, 2.0]), numpy.empty(3, numpy.uint32)
-compiled_ranks.rank_rows(values, 3, 0, ranks)
-assert ranks.tolist() == [1, 0, 2]
+from rewarded_lines.kernels import kernels
 kernels.ENOUGH = -1
 assert kernels.count_nonfinite(numpy.array([1.0, numpy.nan, 0.0], numpy.float32)) == 1
 kernels.ENOUGH = 1 << 62
@@ -95,7 +92,7 @@ def test_what_the_core_does_needs_no_more_than_the_core(inputs):
         answers, imported = bare(inputs, *lines, **online)
     assert [one for one in zip(lines, answers, strict=True) if one[1]["code"]] == []
     assert imported <= CORE
-    assert {"tokenizers", "huggingface_hub", "numba"} <= imported
+    assert {"tokenizers", "huggingface_hub", "llvmlite"} <= imported
     assert (
         "lacks the scores of sweep" in answers[0]["out"] and 'pip install "rewarded-lines[report]"' in answers[0]["out"]
     )
@@ -175,7 +172,7 @@ def test_every_commands_help_needs_the_core_alone(inputs):
     answers, imported = bare(inputs, ("--help",), *[(name, "--help") for name in COMMANDS])
     assert [answer["code"] for answer in answers] == [0] * (1 + len(COMMANDS))
     assert all("Usage: rewarded-lines" in answer["out"] for answer in answers)
-    assert not imported & {"numpy", "numba", "huggingface_hub", "tokenizers", "safetensors", "yaml"}
+    assert not imported & {"numpy", "llvmlite", "huggingface_hub", "tokenizers", "safetensors", "yaml"}
 
 
 def test_runs_are_read_without_torch(inputs, make_run):

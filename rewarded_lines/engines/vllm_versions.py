@@ -117,7 +117,7 @@ def load_vllm(settings: EngineSettings | None = None) -> Any:
 
 
 def let_vllm_search_modules() -> None:
-    """Let vLLM's search for kernels pass llvmlite, which numba imports. Call it before vLLM builds its model.
+    """Let vLLM's search for kernels pass llvmlite, which merges import. Call it before vLLM builds its model.
 
     From 0.31 vLLM looks, on a CPU, at `__dict__` of each object in all modules. llvmlite's library gives a function for
     any name, so for that, too, and vLLM fails: "'_lib_fn_wrapper' object has no attribute 'get'".

@@ -151,17 +151,13 @@ class Workspace:
         made = self._programs(steps, bare) if kernels.is_long() else None
         if made is None:
             return False
-        sources = [self.residuals()[row - 1] if raw is None else raw for row, raw in enumerate(self._raw)]
-        ranks: dict[Mask, Array] = {}
-        for mask in (mask for program in made for mask in program.ranked if mask not in ranks):
-            ranks[mask] = self._buffer(f"ranks {len(ranks)}", np.dtype(np.uint32), 1)[0, : self.values(0).size]
-            mask.ranks(self.run, self._start, ranks[mask])
+        ranked = made[0].ranked
+        ranks = self._buffer(f"ranks of {len(ranked)}", np.dtype(np.uint32), len(ranked))[:, : self.values(0).size]
+        for mask, row in zip(ranked, ranks, strict=True):
+            mask.ranks(self.run, self._start, row)
         return all(
             program.loop.run(
-                [*sources, *(ranks[mask] for mask in program.ranked)],
-                program.parameters,
-                [outs[index] for index in program.outputs],
-                self._start,
+                [*self.inputs(), *ranks], program.parameters, [outs[index] for index in program.outputs], self._start
             )
             for program in made
         )
@@ -227,6 +223,14 @@ class Workspace:
         """Return two arrays of the loaded block whose difference is τ of a policy: stored values, or nothing and τ."""
         adapter = self._raw[row + 1] is None
         return (self.nothing(), self.residuals()[row]) if adapter else (self.values(0), self.values(row + 1))
+
+    def inputs(self) -> list[Array]:
+        """Return what the base and each policy have of the loaded block: stored values, or τ."""
+        return [self.residuals()[row - 1] if raw is None else raw for row, raw in enumerate(self._raw)]
+
+    def pairs(self) -> list[tuple[Array, Array]]:
+        """Return the `pair` of every policy."""
+        return [self.pair(row) for row in range(len(self._policies))]
 
     def nothing(self) -> Array:
         """Return as many zeros as the loaded block has values."""

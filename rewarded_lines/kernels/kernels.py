@@ -47,6 +47,11 @@ def expect(values: int) -> None:
     _seen += values
 
 
+def row_ranks() -> Any:
+    """Return the module that ranks values."""
+    return _module("row_ranks")
+
+
 def _loop(
     name: str, counted: Callable[..., int] = lambda *given: given[0].size, module: str = "machine_kernels"
 ) -> Any:
@@ -67,7 +72,4 @@ residual, cast, count_nonfinite = map(_loop, ("residual", "cast", "count_nonfini
 place_columns = _loop("place_columns")
 count_magnitudes, collect_magnitudes = map(_loop, ("count_magnitudes", "collect_magnitudes"))
 product = _loop("product", lambda *given: given[4].size)
-count_between, count_overlaps = (
-    _loop(name, lambda pairs, *_: pairs[0][0].size) for name in ("count_between", "count_overlaps")
-)
-rank_rows = _loop("rank_rows", module="compiled_ranks")
+rank_rows = _loop("rank_rows", module="row_ranks")

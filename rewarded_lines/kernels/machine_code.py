@@ -1,7 +1,7 @@
 """Programs as machine code: values are widened to float64, pass all operations in registers, and are rounded once.
 
-LLVM translates a program within some hundredths of a second; loading numba takes ten times as long. It neither joins
-nor reorders operations, so the bits are numpy's. What is not finite is left to numpy: the code tells that it is there.
+LLVM translates a program within some hundredths of a second. It neither joins nor reorders operations, so the bits are
+numpy's. What is not finite is left to numpy: the code tells that it is there.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding, ir
 
-from rewarded_lines.kernels.program_writer import LANES, SIGNATURE, STORED, ProgramWriter
+from rewarded_lines.kernels.program_writer import ProgramWriter
 from rewarded_lines.kernels.rule_programs import Operation
+from rewarded_lines.kernels.vectors import LANES, SIGNATURE, WORDS
 
 Array = np.ndarray[Any, Any]
 
 _WIDEST = ",-prefer-256-bit"
 _engines: list[Any] = []
+_translating = Lock()
 
 
 class Loop(NamedTuple):
@@ -30,6 +33,12 @@ class Loop(NamedTuple):
     call: Callable[..., int]
     results: int = 1
     """Of each output."""
+
+    @classmethod
+    def of(cls, module: Any, results: int = 1) -> Loop:
+        """Return the function "loop" of a module."""
+        address, given = compiled(module, "loop"), [ctypes.c_int64] * len(SIGNATURE.args)
+        return cls(address, ctypes.CFUNCTYPE(ctypes.c_uint64, *given)(address), results)
 
     def run(self, sources: Sequence[Array], parameters: Array, targets: Sequence[Array], start: int = 0) -> bool:
         """Run a program that stores; return False if an input or a result may not be finite: then results mean nothing.
@@ -70,7 +79,7 @@ class Loop(NamedTuple):
 
 def supports(*stored: np.dtype[Any]) -> bool:
     """Return whether programs can read or write storage types: those of floating-point numbers."""
-    return all(each.name in STORED for each in stored)
+    return all(each.name in WORDS for each in stored)
 
 
 def addresses(rows: Iterable[Array]) -> Array:
@@ -90,17 +99,21 @@ def cpu_features() -> str:
     return own + _WIDEST if features.get("avx512f") else own
 
 
-@cache
 def translated(operations: tuple[Operation, ...], stored: tuple[str, ...], wanted: str, checked: bool = True) -> Loop:
     """Return the loop of a program, for storage types of its sources and of its targets.
 
     It tells if a result is not finite and, if `checked`, if a value of a source is not.
     """
+    # So that no two threads translate the same.
+    with _translating:
+        return _translated(operations, stored, wanted, checked)
+
+
+@cache
+def _translated(operations: tuple[Operation, ...], stored: tuple[str, ...], wanted: str, checked: bool) -> Loop:
     module = ir.Module()
     ProgramWriter(ir.Function(module, SIGNATURE, "loop"), stored, wanted, checked).write(operations)
-    address = compiled(module, "loop")
-    call = ctypes.CFUNCTYPE(ctypes.c_uint64, *[ctypes.c_int64] * len(SIGNATURE.args))(address)
-    return Loop(address, call, max(1, sum(each.kind == "result" for each in operations)))
+    return Loop.of(module, max(1, sum(each.kind == "result" for each in operations)))
 
 
 def compiled(module: Any, name: str) -> int:

@@ -6,7 +6,6 @@ floating-point numbers, are left to numpy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -15,11 +14,10 @@ import numpy as np
 
 from rewarded_lines.kernels import numpy_kernels
 from rewarded_lines.kernels.machine_code import Loop, supports, translated
-from rewarded_lines.kernels.program_writer import LANES
 from rewarded_lines.kernels.rule_programs import Notes
+from rewarded_lines.kernels.vectors import LANES
 
 Array = np.ndarray[Any, Any]
-Pair = tuple[Array, Array]
 _INFINITE = 0x7FF << 52
 
 
@@ -116,72 +114,7 @@ def collect_magnitudes(values: Array, prefix: int, shift: int, out: Array) -> in
 def _note_among(notes: Notes) -> None:
     size = abs(notes.symbol("source", 0))
     inside = (size >= notes.symbol("factor", 0)) & (size < notes.symbol("factor", 1))
-    notes.symbol("count", 0, inside.place)
-    notes.symbol("collect", 1, inside.place, size.place)
-
-
-def count_between(
-    pairs: Sequence[Pair], bounds: Sequence[tuple[float, float]], found: Sequence[Array]
-) -> tuple[list[tuple[int, ...]], int]:
-    """See `numpy_kernels.count_between`."""
-    (sources, places), rows = _distinct(pairs), len(bounds)
-    counts, zeros = np.zeros((rows, 4), np.int64), np.zeros(1, np.int64)
-    # The lower bound again, if it is another: nothing equals NaN.
-    factors = [each for low, high in bounds for each in (low, high, low if low < high else math.nan)]
-    rest = _measured(_note_between, sources, [*counts.reshape(-1, 1), *found, zeros], factors, rows, *places)
-    if not rest:
-        return numpy_kernels.count_between(pairs, bounds, found)
-    first: list[tuple[int, ...]] = [
-        (inside, above, rest - above - below, bottom) for inside, above, below, bottom in counts.tolist()
-    ]
-    if rest == sources[0].size:
-        return first, int(zeros[0])
-    last = [(base[rest:], policy[rest:]) for base, policy in pairs]
-    places_left = [out[row[0] :] for out, row in zip(found, first, strict=True)]
-    more, others = numpy_kernels.count_between(last, bounds, places_left)
-    both: list[tuple[int, ...]] = [tuple(map(sum, zip(*rows, strict=True))) for rows in zip(first, more, strict=True)]
-    return both, int(zeros[0]) + others
-
-
-def _note_between(notes: Notes, bounds: int, *places: int) -> None:
-    sizes = [abs(notes.residual(policy, base)) for base, policy in zip(places[::2], places[1::2], strict=True)]
-    for row in range(bounds):
-        size, (low, high, other) = sizes[row % len(sizes)], (notes.symbol("factor", 3 * row + k) for k in range(3))
-        below = size < high
-        inside = (size > low) & below
-        for place, each in enumerate((inside, size > high, below, size == other)):
-            notes.symbol("count", 4 * row + place, each.place)
-        notes.symbol("collect", 4 * bounds + row, inside.place, size.place)
-    notes.symbol("count", 5 * bounds, (sizes[0] == 0.0).place)
-
-
-def count_overlaps(pairs: Sequence[Pair], changed: float, counts: Array) -> None:
-    """See `numpy_kernels.count_overlaps`."""
-    (sources, places), found = _distinct(pairs), np.zeros((counts.size, 1), np.int64)
-    rest = _measured(_note_overlaps, sources, list(found), [changed], *places)
-    if rest:
-        shared, large = found.reshape(2, -1)
-        counts += shared, large - shared
-    numpy_kernels.count_overlaps([(base[rest:], policy[rest:]) for base, policy in pairs], changed, counts)
-
-
-def _note_overlaps(notes: Notes, *places: int) -> None:
-    sizes = [abs(notes.residual(policy, base)) for base, policy in zip(places[::2], places[1::2], strict=True)]
-    masks = [size > notes.symbol("factor", 0) for size in sizes]
-    # Nothing is below itself.
-    some, several = masks[0], masks[0] < masks[0]
-    for mask in masks[1:]:
-        some, several = some | mask, several | (some & mask)
-    for row, mask in enumerate(masks):
-        notes.symbol("count", row, (mask & several).place)
-        notes.symbol("count", len(masks) + row, mask.place)
-
-
-def _distinct(pairs: Sequence[Pair]) -> tuple[list[Array], list[int]]:
-    """Return the arrays of all pairs, each once, for most have one base; and where those of each pair are."""
-    sources = {id(values): values for pair in pairs for values in pair}
-    order = list(sources)
-    return list(sources.values()), [order.index(id(values)) for pair in pairs for values in pair]
+    notes.symbol("collect", 0, 1, inside.place, size.place)
 
 
 def _ends(prefix: int, shift: int) -> list[float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,8 +16,10 @@ import numpy as np
 from rewarded_lines.checkpoints.dtypes import F64
 from rewarded_lines.checkpoints.hashing import TensorDigests
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels.blocks import BLOCK, Source, Workspace, blocks_of, piece_sums, pieces
+from rewarded_lines.kernels.blocks import BLOCK, PIECE, Source, Workspace, blocks_of, piece_sums, pieces
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
+from rewarded_lines.kernels.measures import RUN, SUMMED, measure, note_squares
+from rewarded_lines.kernels.rule_programs import Notes
 from rewarded_lines.kernels.tensor_merge import Mask, TensorMerge
 from rewarded_lines.kernels.thread_pool import share_out
 from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, overlap_ratios
@@ -133,26 +134,22 @@ class Facts:
             spread: the rule's measure of how far residuals differ.
         """
 
-        step = TensorMerge(F64, None, tuple(rows), rule=lambda residuals, _: spread(residuals))
-
-        def squared(index: int, least: float, residuals: Sequence[Any], _: Sequence[float]) -> Any:
-            selected = residuals[index] * (spread(residuals) >= least)
-            return selected * selected
-
-        def measure() -> tuple[float, dict[int, float]]:
+        def find() -> tuple[float, dict[int, float]]:
             least = 0.0
             if select < 1 and len(rows) > 1:
+                step = TensorMerge(F64, None, tuple(rows), rule=lambda residuals, _: spread(residuals))
                 least = share_of_nonzero(self._base, self._policies, [name], select, step)
-            steps = [replace(step, rule=partial(squared, index, least)) for index in range(len(rows))]
-            parts: list[list[float]] = [[] for _ in rows]
-            for workspace in self._passing(name):
-                for values, squares in zip(workspace.merged_residuals(steps), parts, strict=True):
-                    squares += piece_sums(values)
-            sums = [exact_sum(squares) for squares in parts]
+            counter = _Squares(rows, least, spread)
+
+            def note(notes: Notes, residuals: Sequence[Any]) -> None:
+                note_squares(notes, [residuals[row] for row in rows], spread)
+
+            measure(self._base, self._policies, [name], 1, lambda: counter, note, [least], PIECE)
+            sums = [exact_sum(parts) for parts in counter.parts]
             total = exact_sum(sums) or 1.0
             return least, {row: one / total for row, one in zip(rows, sums, strict=True)}
 
-        least, shares = self._once(("selection", name, tuple(sorted(rows)), select), measure)
+        least, shares = self._once(("selection", name, tuple(sorted(rows)), select), find)
         return {"least": least, "squares": [shares[row] for row in rows]}
 
     def random_masks(self, name: str, rows: Sequence[int], density: float, seed: int) -> list[Mask]:
@@ -194,7 +191,8 @@ class Facts:
         def work(name: str) -> None:
             measure(name)
 
-        share_out(self._names, lambda: work)
+        # The largest first, so that no thread is alone with one in the end.
+        share_out(sorted(self._names, key=lambda name: -self._base.tensors[name].elements), lambda: work)
         self._digests.remember()
 
     def norms(
@@ -241,6 +239,41 @@ class Facts:
         for start, count in blocks_of(self._base.tensors[name].elements):
             workspace.load(name, start, count)
             yield workspace
+
+
+class _Squares:
+    """Adds up τ² of some policies where a spread of all is at least a limit, piece by piece.
+
+    Attributes:
+        parts: of each policy the sums of pieces.
+    """
+
+    def __init__(self, rows: Sequence[int], least: float, spread: Spread) -> None:
+        self.parts: list[list[float]] = [[] for _ in rows]
+        self._sums = np.empty((len(rows), RUN // SUMMED))
+        self.targets = list(self._sums)
+
+        def squared(index: int, residuals: Sequence[Any], _: Sequence[float]) -> Any:
+            selected = residuals[index] * (spread(residuals) >= least)
+            return selected * selected
+
+        self._steps = [TensorMerge(F64, None, tuple(rows), rule=partial(squared, index)) for index in range(len(rows))]
+
+    def take(self, count: int) -> None:
+        """See `Counter`; as numpy adds up a piece: sums of sums of two."""
+        sums = self._sums[:, : count // SUMMED].reshape(len(self.parts), -1, PIECE // SUMMED)
+        while sums.shape[-1] > 1:
+            sums = sums[..., ::2] + sums[..., 1::2]
+        for parts, found in zip(self.parts, sums[..., 0].tolist(), strict=True):
+            parts += found
+
+    def clear(self) -> None:
+        """See `Counter`; each sum is written anew."""
+
+    def look(self, workspace: Workspace) -> None:
+        """See `Counter`."""
+        for parts, step in zip(self.parts, self._steps, strict=True):
+            parts += piece_sums(workspace.merged_residuals([step])[0])
 
 
 def _norm(workspace: Workspace, step: TensorMerge) -> float:

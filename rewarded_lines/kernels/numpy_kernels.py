@@ -159,15 +159,18 @@ def count_between(
     return counts, int(np.count_nonzero(sizes[0] == 0))
 
 
-def rank_rows(sizes: Array, width: int, skipped: int, ranks: Array) -> None:
-    """Write the rank of every magnitude in its row, from 0; equal ones in order, every NaN above infinity.
+def rank_rows(base: Array, policy: Array, width: int, skipped: int, ranks: Array) -> None:
+    """Write the rank of every |τ| in its row, from 0; equal ones in order, every NaN above infinity.
 
     Args:
-        sizes: residuals of whole rows, float64.
+        base: stored values of whole rows.
+        policy: likewise; τ is their difference.
         width: the values of a row.
         skipped: how many values come before the first of `ranks`.
         ranks: n uint32.
     """
+    sizes = np.empty(base.size)
+    residual(base, policy, sizes)
     order = np.argsort(np.abs(sizes).reshape(-1, width), axis=1, kind="stable")
     found = np.empty_like(order)
     np.put_along_axis(found, order, np.arange(width)[None], axis=1)

@@ -30,7 +30,7 @@ class Operation(NamedTuple):
     Attributes:
         kind: "source" (stored values, or residuals), "random" (24 random bits as a number), "constant", "factor" (a
             number of each output), "single" (rounded to float32); "result",
-            "count", "collect", "tally"; or the operation's name in LLVM's builder.
+            "count", "collect", "sum", "tally", "finite" (to be looked at); or the operation's name in LLVM's builder.
         operands: places of values in the program; of an input, its index.
         truth: whether the value is true or false.
     """
@@ -47,7 +47,7 @@ class Program(NamedTuple):
         loop: the code, see `machine_code.Loop`.
         parameters: its constants, the words of its random masks, and the factors of each output, 64 bits each.
         outputs: which of the steps they are.
-        ranked: the masks that need ranks; these follow the inputs among its sources.
+        ranked: the masks of all outputs that need ranks; these follow the inputs among its sources.
     """
 
     loop: Any
@@ -71,18 +71,10 @@ def programs(
     code = kernels.machine_code()
     if not code.supports(*kinds, *wanted):
         return None
-    if bare and not any(step.weights or step.masks for step in steps):
-        # All in one pass: what occurs twice is done once.
-        notes = Notes()
-        if not all(_noted(step, stored, notes, True, bare, result=index) for index, step in enumerate(steps)):
-            return None
-        return _translated(
-            {(notes.structure(), wanted[0].name): list(range(len(steps)))}, [[] for _ in steps], kinds, True
-        )
     alike = len(set(stored)) == 1 and not bare
     known: dict[tuple[Any, ...], _Structure | None] = {}
     together: dict[tuple[_Structure, str], list[int]] = {}
-    numbers = []
+    numbers, ranked = [], [mask for mask in all_masks(steps) if mask.ranked]
     for index, step in enumerate(steps):
         # As `numpy_kernels.linear` does it: the scale goes into the weights.
         folded = step.linear and alike
@@ -90,9 +82,9 @@ def programs(
         numbers.append([] if step.copy is not None else weights if folded or bare else [*weights, step.scale])
         kind = (step.copy, step.rows, step.rule, folded, repr(step.parameters), tuple(step.masks))
         if kind not in known:
-            known[kind] = _noted(step, stored, Notes(), folded or bare, bare)
+            known[kind] = _noted(step, stored, Notes(ranked), folded or bare, bare)
         # A rule may look at weights, which are numbers then.
-        noted = known[kind] or _noted(step, stored, Notes(), folded or bare, bare, weights)
+        noted = known[kind] or _noted(step, stored, Notes(ranked), folded or bare, bare, weights)
         if noted is None:
             return None
         together.setdefault((noted, wanted[index].name), []).append(index)
@@ -100,7 +92,7 @@ def programs(
     # and at float16, whose infinities and NaN are widened to numbers.
     whole = any(step.linear and alike and len(step.rows) == len(stored) - 1 for step in steps)
     checked = not whole or FLOATS["float16"].storage in kinds
-    return _translated(together, numbers, kinds, checked)
+    return _translated(together, numbers, kinds, checked, ranked)
 
 
 def _translated(
@@ -108,16 +100,16 @@ def _translated(
     numbers: Sequence[Sequence[float]],
     kinds: Sequence[np.dtype[Any]],
     checked: bool,
+    ranked: Sequence[Mask] = (),
 ) -> list[Program]:
     """Return a program for each structure and type of output; the first one looks at all inputs if `checked`."""
     code, found = kernels.machine_code(), list[Program]()
+    names = (*(each.name for each in kinds), *(RANKS for _ in ranked))
     for (notes, target), outputs in together.items():
         words = [word for mask in notes.masks for word in mask.words]
         factors = [np.array(numbers[index], np.float64) for index in outputs]
         constants = np.array([float(text) for text in notes.constants])
         parameters = np.concatenate([constants, np.array(words, np.uint64).view(np.float64), *factors])
-        ranked = [mask for mask in notes.masks if mask.ranked]
-        names = (*(each.name for each in kinds), *(RANKS for _ in ranked))
         loop = code.translated(notes.operations, names, target, checked and not found)
         found.append(Program(loop, parameters, outputs, ranked))
     return found
@@ -138,7 +130,6 @@ def _noted(
     unscaled: bool,
     bare: bool,
     weights: Sequence[float] | None = None,
-    result: int = 0,
 ) -> _Structure | None:
     """Return what makes an output; None if its rule does more than arithmetic.
 
@@ -149,10 +140,9 @@ def _noted(
         unscaled: whether the schedule's scale is no factor of its own.
         bare: see `programs`.
         weights: of the rule, in place of factors.
-        result: which of the results of one output.
     """
     if step.copy is not None:
-        notes.symbol("result", result, notes.symbol("source", step.copy).place)
+        notes.symbol("result", 0, notes.symbol("source", step.copy).place)
         return notes.structure()
     masks, origin = notes.masks_of(step, len(stored)), notes.symbol("source", 0)
     sources = [(notes.symbol("source", row + 1), stored[row + 1]) for row in step.rows]
@@ -162,7 +152,7 @@ def _noted(
     try:
         merged = step.residual(residuals, masks, weights or factors)
         scaled = merged if scale is None else merged * scale
-        notes.symbol("result", result, (scaled if bare else origin + scaled).place)
+        notes.symbol("result", 0, (scaled if bare else origin + scaled).place)
     except (TypeError, ValueError, AttributeError):
         return None
     return notes.structure()
@@ -171,11 +161,12 @@ def _noted(
 class Notes:
     """The operations so far, each with its place; the texts of the constants, with their places among these; masks."""
 
-    def __init__(self) -> None:
-        """Start with nothing."""
+    def __init__(self, ranked: Sequence[Mask] = ()) -> None:
+        """Start with nothing; `ranked`: see `Program`."""
         self.places: dict[Operation, int] = {}
         self.constants: dict[str, int] = {}
         self.masks: list[Mask] = []
+        self._ranked = ranked
 
     def symbol(self, kind: str, *operands: int, truth: bool = False) -> Any:
         """Note an operation, if it is a new one; return its value, a `Symbol`."""
@@ -195,10 +186,8 @@ class Notes:
         """Return a symbol for the mask of each policy; ranks follow the `sources`."""
         self.masks, symbols = all_masks([step]), {}
         for place, mask in enumerate(self.masks):
-            number, rank = self.symbol("random", place), None
-            if mask.ranked:
-                rank, sources = self.symbol("source", sources), sources + 1
-            symbols[mask] = mask.chosen(number, rank)
+            rank = self.symbol("source", sources + self._ranked.index(mask)) if mask.ranked else None
+            symbols[mask] = mask.chosen(self.symbol("random", place), rank)
         return [symbols[mask] for mask in step.masks]
 
     def structure(self) -> _Structure:
@@ -241,6 +230,8 @@ def _operator(kind: str, turned: bool = False) -> Callable[[Symbol, Any], Any]:
     """Return the method of an operator; if `turned`, its right operand comes first."""
 
     def method(self: Symbol, other: Any) -> Any:
+        if kind == "fmul" and not self.truth and not isinstance(other, Symbol) and other == 1:
+            return self
         noted = other if isinstance(other, Symbol) else self.notes.constant(other)
         logic = kind in _LOGIC.values()
         # numpy adds truth values as truth values.

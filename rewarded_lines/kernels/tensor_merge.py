@@ -28,8 +28,8 @@ class Mask(Protocol):
         """Return the key of its random numbers, and how many bits number a block's values; see `Philox`."""
 
     @property
-    def ranked(self) -> bool:
-        """Return whether it depends on the ranks of magnitudes."""
+    def ranked(self) -> tuple[int, int] | None:
+        """Return of which policy it needs the ranks of magnitudes, in rows of how many values; None if of none."""
 
     def chosen(self, numbers: Any, ranks: Any) -> Any:
         """Return the mask by random numbers below 2²⁴ and ranks, float64 arrays or symbols."""

@@ -12,9 +12,10 @@ import blake3
 import numpy as np
 
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import kernels
-from rewarded_lines.kernels.blocks import BLOCK, Array, Source, all_blocks
-from rewarded_lines.kernels.kth_largest import Visitor, visit_blocks
+from rewarded_lines.kernels import kernels, numpy_kernels
+from rewarded_lines.kernels.blocks import BLOCK, Array, Source, Workspace
+from rewarded_lines.kernels.measures import measure, note_overlaps
+from rewarded_lines.kernels.rule_programs import Notes
 from rewarded_lines.kernels.tensor_merge import Run
 
 
@@ -38,19 +39,42 @@ def overlap_ratios(
     """
     if not rows:
         return {}
-    tables: list[Array] = []
+    counters: list[_Overlaps] = []
 
-    def begin() -> Visitor:
-        tables.append(np.zeros((2, len(rows)), np.int64))
+    def begin() -> _Overlaps:
+        counters.append(_Overlaps(rows, changed))
+        return counters[-1]
 
-        def count(pairs: Sequence[tuple[Array, Array]], counts: Array = tables[-1]) -> None:
-            kernels.count_overlaps([pairs[row] for row in rows], changed, counts)
+    def note(notes: Notes, residuals: Sequence[Any]) -> None:
+        note_overlaps(notes, [residuals[row] for row in rows])
 
-        return count
-
-    visit_blocks(base, policies, list(all_blocks(names, base.tensors)), threads, begin, stored=True)
-    shared, alone = sum(tables, np.zeros((2, len(rows)), np.int64)).tolist()
+    measure(base, policies, names, threads, begin, note, [changed])
+    shared, alone = sum((each.counts for each in counters), np.zeros((2, len(rows)), np.int64)).tolist()
     return {row: several / one if one else 0.0 for row, several, one in zip(rows, shared, alone, strict=True)}
+
+
+class _Overlaps:
+    """Counts what `numpy_kernels.count_overlaps` counts."""
+
+    def __init__(self, rows: Sequence[int], changed: float) -> None:
+        self.counts, self._run = np.zeros((2, 2, len(rows)), np.int64)
+        self._rows, self._changed = rows, changed
+        self.targets = list(self._run.reshape(-1, 1))
+
+    def take(self, _: int) -> None:
+        """See `Counter`."""
+        shared, large = self._run
+        self.counts += shared, large - shared
+
+    def clear(self) -> None:
+        """See `Counter`."""
+        self._run[:] = 0
+
+    def look(self, workspace: Workspace) -> None:
+        """See `Counter`."""
+        pairs = [workspace.pair(row) for row in self._rows]
+        with np.errstate(all="ignore"):
+            numpy_kernels.count_overlaps(pairs, self._changed, self.counts)
 
 
 def uniform_numbers(seed: int, name: str, digest: bytes, start: int, count: int) -> Array:
@@ -92,9 +116,9 @@ class RandomMask:
         return *_key(self.seed, self.name, self.digest), BLOCK.bit_length() - 1
 
     @property
-    def ranked(self) -> bool:
+    def ranked(self) -> tuple[int, int] | None:
         """See `Mask`."""
-        return False
+        return None
 
     def chosen(self, numbers: Any, ranks: Any) -> Any:
         """See `Mask`."""
@@ -127,9 +151,9 @@ class RankedMask(RandomMask):
     dtype: ClassVar[np.dtype[Any]] = np.dtype(np.float64)
 
     @property
-    def ranked(self) -> bool:
+    def ranked(self) -> tuple[int, int] | None:
         """See `Mask`; without a window all have one probability."""
-        return self.width > 1 and self.window > 0
+        return (self.row, self.width) if self.width > 1 and self.window > 0 else None
 
     def chosen(self, numbers: Any, ranks: Any) -> Any:
         """See `Mask`."""
@@ -143,6 +167,4 @@ class RankedMask(RandomMask):
         # Ranks need whole rows, of which a block may have parts.
         first, last = start // self.width * self.width, -(-(start + out.size) // self.width) * self.width
         base, policy = run(self.row, first, last)
-        sizes = np.empty(last - first)
-        kernels.residual(base, policy, sizes)
-        kernels.rank_rows(sizes, self.width, start - first, out)
+        kernels.rank_rows(base, policy, self.width, start - first, out)

@@ -180,7 +180,7 @@ def describe(plan: Plan, spec: MergeSpec, inputs: Mapping[str, Any], settings: M
 
     `inputs` are from `hash_inputs`; `settings` are the other arguments that decide the bytes, and the command.
     """
-    packages = ("numpy", "numba", "safetensors")
+    packages = ("numpy", "llvmlite", "safetensors")
     return {
         **spec.as_dict(list(plan.policies)),
         "scales": plan.scales(spec),

@@ -14,7 +14,7 @@ from rewarded_lines.cli import COMMANDS
 
 # Whatever takes more than some milliseconds to load. Not pydantic: typer reads every value with it.
 HEAVY = {
-    "torch", "numpy", "pyarrow", "transformers", "yaml", "numba", "safetensors", "blake3", "matplotlib",
+    "torch", "numpy", "pyarrow", "transformers", "yaml", "llvmlite", "safetensors", "blake3", "matplotlib",
     "plotly", "scipy", "pandas", "vllm", "trl", "peft", "datasets", "ray", "optuna", "moocore", "huggingface_hub",
     "httpx", "asyncio", "multiprocessing",
 }  # fmt: skip

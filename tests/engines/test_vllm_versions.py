@@ -18,7 +18,10 @@ for module in list(sys.modules.values()):
 
 @pytest.mark.parametrize(
     ("imported", "fault"),
-    [("numba", "'_lib_fn_wrapper' object has no attribute 'get'"), ("numba, rewarded_lines.engines.vllm_models", "")],
+    [
+        ("llvmlite.binding", "'_lib_fn_wrapper' object has no attribute 'get'"),
+        ("llvmlite.binding, rewarded_lines.engines.vllm_models", ""),
+    ],
 )
 def test_vllm_can_search_the_modules_of_a_process_that_merges(imported, fault):
     done = subprocess.run([sys.executable, "-c", f"import {imported}\n{SEARCH}"], capture_output=True, text=True)

@@ -24,7 +24,7 @@ def test_a_processor_is_asked_only_for_what_it_has(monkeypatch):
     monkeypatch.setattr(binding.Target, "create_target_machine", noted)
     for wide in (False, True):
         monkeypatch.setattr(binding, "get_host_cpu_features", lambda has=wide: binding.FeatureMap(avx512f=has))
-        machine_code.translated.__wrapped__((), ("float32",), "float32")
+        machine_code._translated.__wrapped__((), ("float32",), "float32", True)
     assert asked == ["-avx512f", "+avx512f,-prefer-256-bit"]
 
 
@@ -49,7 +49,7 @@ def weights_of(folder):
 
 
 def assert_same_bits(straight, monkeypatch, method, dtype):
-    """Several outputs, of which two may be copies; none needs a block in memory, unless ranks do."""
+    """Several outputs, of which two may be copies; none needs a block in memory."""
     lams = [(0.0, 1.0), (0.25, 0.75), (0.5, 0.5), (1.0, 0.0)]
     given = {"lam": lams, "method": method, "alpha": 1.0, "beta": 0.5, "dtype": dtype}
     with monkeypatch.context() as patch:
@@ -59,7 +59,7 @@ def assert_same_bits(straight, monkeypatch, method, dtype):
     assert not straight
     monkeypatch.setattr(kernels, "ENOUGH", -1)
     found = [weights_of(result.out) for result in merge("sft", ["first", "second"], out="straight", **given)]
-    assert found == expected and all(straight) and bool(straight) == (method != "della")
+    assert found == expected and straight and all(straight)
 
 
 @pytest.mark.parametrize("method", methods(name for name in METHODS if name not in ("greedy", "wise-ft", "uniform")))

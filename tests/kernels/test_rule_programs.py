@@ -6,7 +6,7 @@ import pytest
 from rewarded_lines.checkpoints.dtypes import BF16, F64
 from rewarded_lines.kernels import machine_code
 from rewarded_lines.kernels.blocks import BLOCK
-from rewarded_lines.kernels.rule_programs import programs
+from rewarded_lines.kernels.rule_programs import RANKS, Notes, programs
 from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thresholds_and_masks import RandomMask, RankedMask, uniform_numbers
 from rewarded_lines.merger.merge_rules import dare_ties, ties
@@ -132,20 +132,11 @@ def test_thresholds_are_no_part_of_the_code():
     assert len(code) == 1
 
 
-def test_several_residuals_come_from_one_pass():
-    """SCE's squares: each policy's rule selects by the same measure of all residuals."""
-
-    def rule(residuals, _, row):
-        return residuals[row] * (residuals[0] - residuals[1] >= 0.5)
-
-    steps = [
-        TensorMerge(F64, None, (0, 1), rule=lambda residuals, _, row=row: rule(residuals, _, row)) for row in (0, 1)
-    ]
-    generator = np.random.default_rng(0)
-    residuals = generator.standard_normal((2, 1003))
-    (program,) = programs(steps, [NUMBERS, None, None], bare=True)
-    out = np.full((2, 1004), 77.0)
-    assert program.loop.run([np.zeros(1003), *residuals], program.parameters, list(out[:, :1003]))
-    for row in (0, 1):
-        assert out[row, :1003].tobytes() == (residuals[row] * (residuals[0] - residuals[1] >= 0.5)).tobytes()
-    assert (out[:, 1003] == 77).all()
+@pytest.mark.parametrize("width", [2, 3, 5, 8, 1000, 4097, 65_521])
+def test_ranks_divided_by_a_constant_have_the_bits_of_a_division(width):
+    notes = Notes()
+    notes.symbol("result", 0, (notes.symbol("source", 0) / (width - 1)).place)
+    loop = machine_code.translated(tuple(notes.places), (RANKS,), "float64")
+    ranks, out = np.arange(width, dtype=np.uint32), np.empty(width)
+    loop.run([ranks], np.array([width - 1.0]), [out])
+    assert np.array_equal(out, ranks / (width - 1.0))

@@ -10,10 +10,11 @@ from safetensors.numpy import save_file
 
 from rewarded_lines.checkpoints.dtypes import F64, FLOATS
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import compiled_ranks, machine_kernels, numpy_kernels
+from rewarded_lines.kernels import between_bounds, numpy_kernels, row_ranks
 from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import BLOCK
 from rewarded_lines.kernels.kth_largest import kth_largest, share_of_nonzero
+from rewarded_lines.kernels.magnitudes import Magnitudes
 from rewarded_lines.kernels.tensor_merge import TensorMerge
 from rewarded_lines.kernels.thresholds_and_masks import overlap_ratios
 from rewarded_lines.merger.merge_rules import spread
@@ -42,7 +43,9 @@ def sources(tmp_path, request):
 @pytest.mark.parametrize("held", [10**6, 500, 3, -1], ids=lambda held: f"held-{held}")
 @pytest.mark.parametrize("threads", [1, 3])
 def test_equals_a_sort_at_whatever_level_the_selection_stops(sources, monkeypatch, held, threads):
-    monkeypatch.setattr(ranking, "_HELD", held)
+    for module in (ranking, between_bounds):
+        monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(ranking, "_FEW", held)
     base, policies, drawn = sources
     for bounds in (ranking._bounds, lambda *_: ranking.Bounds(1.0, 1.5, 0.0)):
         # The second bounds hold few of the values.
@@ -68,7 +71,7 @@ def test_one_pass_after_a_sample(sources, monkeypatch):
     monkeypatch.setattr(ranking, "_FEW", 0)
     monkeypatch.setattr(ranking, "_THINNED", 8)
     counted = []
-    monkeypatch.setattr(ranking, "_count", lambda *given: counted.append(given))
+    monkeypatch.setattr(Magnitudes, "count", lambda *given: counted.append(given))
     base, policies, drawn = sources
     ranks = (300, 1500, 2700)
     expected = [tuple(np.sort(np.abs(values).ravel())[-rank] for values in drawn.values()) for rank in ranks]
@@ -94,7 +97,7 @@ def test_a_share_of_what_is_not_zero(sources, monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("kind", FLOATS)
-def test_values_between_two_are_the_same_by_either(kind, special):
+def test_values_between_two(kind, special):
     generator = np.random.default_rng(3)
     values = np.round(generator.normal(0, 40, (2, 1001))) / 16
     if special:
@@ -105,20 +108,15 @@ def test_values_between_two_are_the_same_by_either(kind, special):
     # Each of two policies, the second of which is the first with another sign, has three of the bounds.
     bounds = [(0.0, 0.0), (0.0, 1.0), (1.0, 2.5), (2.5, 2.5), (1.0, np.inf), (np.inf, np.inf)]
     pairs = [(stored[0], stored[1]), (stored[1], stored[0])]
-    found = np.zeros((2, 6, 1001))
-    by_numpy, by_machine = (
-        loops.count_between(pairs, bounds, out)
-        for loops, out in zip((numpy_kernels, machine_kernels), found, strict=True)
-    )
-    assert by_numpy == by_machine
+    found = np.zeros((6, 1001))
+    counts, zeros = numpy_kernels.count_between(pairs, bounds, found)
     sizes = np.abs(np.where(values[0] == values[1], 0.0, values[1] - values[0]))
     for row, (low, high) in enumerate(bounds):
         inside = np.sort(sizes[(sizes > low) & (sizes < high)])
         above = np.isnan(sizes).sum() + (sizes > high).sum()
         ends = above, (sizes == high).sum(), (sizes == low).sum() * (low < high)
-        assert by_numpy[0][row] == (inside.size, *ends) and by_numpy[1] == (sizes == 0).sum()
-        for out in found:
-            assert np.array_equal(np.sort(out[row, : inside.size]), inside)
+        assert counts[row] == (inside.size, *ends) and zeros == (sizes == 0).sum()
+        assert np.array_equal(np.sort(found[row, : inside.size]), inside)
 
 
 UNKIND = {
@@ -136,22 +134,17 @@ UNKIND = {
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("kind", FLOATS)
-def test_ranks_and_overlaps_are_the_same_by_either(kind):
+def test_ranks_are_the_same_by_either(kind):
     generator = np.random.default_rng(5)
     for (name, values), width in itertools.product(UNKIND.items(), (1, 2, 31, 3001)):
         count = -(-3002 // width) * width
         pair = np.empty((2, count), FLOATS[kind].storage)
         for out, wide in zip(pair, values(*generator.standard_normal((2, count))), strict=True):
             numpy_kernels.cast(wide, out)
-        sizes, ranks = np.empty(count), np.zeros((2, 3000), np.uint32)
-        numpy_kernels.residual(*pair, sizes)
-        for loops, out in zip((numpy_kernels, compiled_ranks), ranks, strict=True):
-            loops.rank_rows(sizes, width, min(1, width - 1), out)
+        ranks = np.zeros((2, 3000), np.uint32)
+        for loops, out in zip((numpy_kernels, row_ranks), ranks, strict=True):
+            loops.rank_rows(*pair, width, min(1, width - 1), out)
         assert np.array_equal(*ranks) and (width == 1 or ranks.any()), (name, width)
-        nothing, counts = np.zeros(count), np.zeros((2, 2, 2), np.int64)
-        for loops, found in zip((numpy_kernels, machine_kernels), counts, strict=True):
-            loops.count_overlaps([(pair[0], pair[1]), (nothing, sizes[::-1].copy())], 0.5, found)
-        assert np.array_equal(*counts), (name, width)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.5, 0.9])
