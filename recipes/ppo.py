@@ -29,13 +29,13 @@ from rewarded_lines.training.arguments import parse_recipe, run_recipe, trainer_
 from transformers import set_seed
 from trl import ModelConfig
 
-from rewarded_lines.training.load_models import load_critic, reference_hash
+from rewarded_lines.training.load_models import load_critic
 from rewarded_lines.training.load_task import load_task
 from rewarded_lines.training.online_trainer import check_prompts
 from rewarded_lines.training.ppo_config import PPOConfig
 from rewarded_lines.training.ppo_trainer import PPOTrainer
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
-from rewarded_lines.training.training_record import MetricsCallback
+from rewarded_lines.training.training_record import MetricsCallback, reference_hash
 from rewarded_lines.training.training_run import say, training_run
 
 

@@ -47,13 +47,12 @@ from rewarded_lines.training.load_models import (
     fold_classifier,
     load_classifier,
     load_tokenizer,
-    reference_hash,
     reward_lora,
     save_tokenizer,
 )
 from rewarded_lines.training.recipe_options import DataOptions, RunOptions, checked_values
 from rewarded_lines.training.register_model import register
-from rewarded_lines.training.training_record import MetricsCallback
+from rewarded_lines.training.training_record import MetricsCallback, reference_hash
 from rewarded_lines.training.training_run import from_main, say, training_run
 
 SIDES = ("chosen", "rejected")

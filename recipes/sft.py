@@ -46,13 +46,12 @@ from rewarded_lines.training.load_models import (
     load_policy,
     load_tokenizer,
     lora_config,
-    reference_hash,
     save_tokenizer,
 )
 from rewarded_lines.training.recipe_options import DataOptions, SftOptions
 from rewarded_lines.training.register_model import register
 from rewarded_lines.training.scratch_model import MuonAdamW, ScratchModel, WholeHeadTrainer, make_llama, train_tokenizer
-from rewarded_lines.training.training_record import MetricsCallback
+from rewarded_lines.training.training_record import MetricsCallback, reference_hash
 from rewarded_lines.training.training_run import TrainingRun, from_main, say, training_run
 
 

@@ -20,7 +20,6 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.checkpoints.reader import resolve_folder
 from rewarded_lines.engines.tokenizers import attention_of
 from rewarded_lines.errors import Problem, UserError, fail
@@ -221,13 +220,6 @@ def fold_classifier(folder: Path, base: str, pad: int | None) -> None:
     whole.save_pretrained(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).unlink()
-
-
-def reference_hash(reference: str | None) -> str:
-    """Return the hash of a folder's weights, or the id of a model of the Hub."""
-    if reference is None:
-        return ""
-    return weights_hash(Path(reference)) if Path(reference).is_dir() else reference
 
 
 def absolute(reference: str | None, revision: str = "main") -> str:

@@ -21,11 +21,12 @@ from rewarded_lines.errors import fail
 from rewarded_lines.projects import PROJECT_FILE, Project, load_project
 from rewarded_lines.rewards.reward import check_columns, deciding
 from rewarded_lines.training.generation_config import generation_inputs
-from rewarded_lines.training.load_models import absolute, check_start, load_tokenizer, lora_config, reference_hash
+from rewarded_lines.training.load_models import absolute, check_start, load_tokenizer, lora_config
 from rewarded_lines.training.moving_reference import check_reference
 from rewarded_lines.training.policy_task import PolicyTask
 from rewarded_lines.training.recipe_options import DataOptions, RewardOptions, RunOptions
 from rewarded_lines.training.register_model import register
+from rewarded_lines.training.training_record import reference_hash
 from rewarded_lines.training.training_reward import load_training_reward
 from rewarded_lines.training.training_run import from_main, say
 

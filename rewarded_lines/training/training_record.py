@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from rewarded_lines.checkpoints.hashing import weights_hash
 from rewarded_lines.folders import METRICS_FILE, TRAINING_FILE, json_object_in
 from rewarded_lines.merger.record import versions
 from rewarded_lines.training.arguments import Arguments, sharing_size
@@ -137,3 +138,10 @@ def _as_dict(config: Any, output: Path) -> dict[str, Any]:
     if "output_dir" in content:
         content["output_dir"] = str(output)
     return {key: value for key, value in content.items() if not key.startswith("_")}
+
+
+def reference_hash(reference: str | None) -> str:
+    """Return the hash of a folder's weights, or the id of a model of the Hub."""
+    if reference is None:
+        return ""
+    return weights_hash(Path(reference)) if Path(reference).is_dir() else reference

@@ -42,10 +42,10 @@ from rewarded_lines.training.load_models import (
     load_policy,
     load_tokenizer,
     lora_config,
-    reference_hash,
     reference_loading,
     reward_lora,
 )
+from rewarded_lines.training.training_record import reference_hash
 
 FULL, LORA = ModelConfig(), ModelConfig(use_peft=True)
 LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
