@@ -60,7 +60,7 @@ def written_chat(text: str, where: str) -> Messages | None:
     )
 
 
-def holds_list(prompt: Prompt) -> bool:
+def holds_list(prompt: Any) -> bool:
     """Return whether a prompt is a list of texts in JSON."""
     text = str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
     try:
