@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rewarded_lines.config import DataSpec
-from rewarded_lines.data.messages import ASSISTANT, Messages, Prompt, as_answer, as_turns, split_turns
+from rewarded_lines.data.messages import ASSISTANT, Messages, Prompt, as_answer, as_turns, holds_list, split_turns
 from rewarded_lines.data.pair_parts import has_text, split_pair
 from rewarded_lines.data.row_files import describe_files
 from rewarded_lines.data.rows import COLUMNS, Layouts, Row, Tell, read_rows, silent
@@ -63,7 +63,10 @@ def read_demonstrations(spec: DataSpec, root: Path = Path(), tell: Tell = silent
     made = [(_demonstration(row, spec, where), "") for where, row in rows]
     for (where, row), (one, _) in zip(rows, made, strict=True):
         _check_wanted(one, row[COLUMNS], where)
-    return _reported(made, spec, tell)
+    found = _reported(made, spec, tell)
+    if empty := sum(map(_is_empty, found)):
+        tell(f"rows of {_name(spec)}: {empty} of {len(found)} answers are empty, and teach the model to say nothing")
+    return found
 
 
 def last_answers(pairs: Sequence[Row], side: str) -> tuple[list[Prompt], list[str]]:
@@ -147,7 +150,7 @@ def _reported(made: Sequence[tuple[Row, str]], spec: DataSpec, tell: Tell) -> li
             got=repr(firsts[at])[:120],
             remedy="set `chat: true`, which makes turns of texts",
         )
-    if all(map(_is_listed, firsts)):
+    if all(map(holds_list, firsts)):
         raise fail(
             "the prompts are lists of texts in JSON",
             where=_name(spec),
@@ -161,17 +164,6 @@ def _reported(made: Sequence[tuple[Row, str]], spec: DataSpec, tell: Tell) -> li
     ways = dict.fromkeys(how for _, how in made if how)
     tell(", ".join([f"rows of {_name(spec)}: {kind}", *system, *ways]))
     return rows
-
-
-def _is_listed(prompt: Any) -> bool:
-    """Return whether a prompt is a list of texts in JSON."""
-    if isinstance(prompt, list):
-        prompt = prompt[-1]["content"]
-    try:
-        found = json.loads(prompt) if str(prompt).startswith("[") else None
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(found, list) and bool(found) and all(isinstance(one, str) for one in found)
 
 
 def _prompt(row: Row, spec: DataSpec, where: str) -> Prompt:
@@ -246,6 +238,13 @@ def _check_wanted(made: Row, columns: Row, where: str) -> None:
     if what:
         expected = "what the model shall learn to say"
         raise fail(what, where=where, expected=expected, got=repr(got)[:160], remedy=remedy)
+
+
+def _is_empty(made: Row) -> bool:
+    """Return whether a demonstration ends with an answer without text or calls."""
+    answer = made.get("completion", made.get("messages", made.get("text")))
+    turn = answer[-1] if isinstance(answer, list) else {"content": answer}
+    return not (turn["content"] or "").strip() and not turn.get("tool_calls")
 
 
 def _as_chat(prompt: Prompt, row: Row, spec: DataSpec, chat: bool = False) -> Prompt:

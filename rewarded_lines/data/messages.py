@@ -60,6 +60,16 @@ def written_chat(text: str, where: str) -> Messages | None:
     )
 
 
+def holds_list(prompt: Any) -> bool:
+    """Return whether a prompt is a list of texts in JSON."""
+    text = str(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    try:
+        found = json.loads(text) if text.startswith("[") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and bool(found) and all(isinstance(one, str) for one in found)
+
+
 def as_turns(prompt: Prompt) -> Messages:
     """Return a prompt as turns of a chat: a text becomes the user's turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -26,7 +26,7 @@ from rewarded_lines.engine_settings import EngineSettings
 from rewarded_lines.engines.base import Generator
 from rewarded_lines.engines.load_engine import check_engine, check_settings, is_url, load_generator
 from rewarded_lines.engines.responses import ResponseReader, prompts_told
-from rewarded_lines.engines.tokenizers import load_config, load_tokenizer, read_template
+from rewarded_lines.engines.tokenizers import attention_of, load_config, load_tokenizer, read_template
 from rewarded_lines.engines.vllm_arguments import INVARIANT, check_device, choose_kernels
 from rewarded_lines.errors import UserError, fail
 from rewarded_lines.evaluator.points import PointSpec, point_key
@@ -129,6 +129,8 @@ class Setup:
                 "as": "adapters" if self.plan.kind == "adapter" else "whole models",
                 "versions": {} if is_url(self.options.engine) else versions(*packages),
                 **({"settings": decided} if (decided := self.settings.decides()) else {}),
+                # Earlier versions left the caps of Gemma 2's attention out.
+                **(attention_of(load_config(str(self.plan.base.folder))) if self.options.engine == "hf" else {}),
             },
             "base": model_hash(self.plan.base.folder),
             "blocks": blake3.blake3(json.dumps(blocks).encode()).hexdigest(length=8),
@@ -183,6 +185,7 @@ class Setup:
     def generator(self, also: Sequence[Prompt] = (), tell: Callable[[str], None] = lambda fact: None) -> Generator:
         """Build the engine, with room for the prompts `also`, too; `tell` gets what reward models take of its GPU."""
         ids = encode(load_tokenizer(str(self.plan.base.folder), self.generation), self.control_texts)
+        memory = (self.rewards.values(), self.reward_memory, self.options.offload, self.settings.tensor_parallel)
         return load_generator(
             self.options.engine,
             str(self.plan.base.folder),
@@ -191,14 +194,10 @@ class Setup:
             plan=self.plan,
             longest=max((1 + len(tail) for _, _, tail in self.control_windows(ids)), default=0),
             settings=self.settings,
-            spare=0 if is_url(self.options.engine) else self._spare(tell),
+            spare=0 if is_url(self.options.engine) else spare_memory(*memory, tell),
             engines=self.engines,
             models=check_decoding(self.project, self.options.engine),
         )
-
-    def _spare(self, tell: Callable[[str], None]) -> int:
-        offload, parallel = self.options.offload, self.settings.tensor_parallel
-        return spare_memory(self.rewards.values(), self.reward_memory, offload, parallel, tell)
 
     def control_windows(self, ids: Sequence[Sequence[int]]) -> list[tuple[int, list[int], list[int]]]:
         """Return (text, head, tail) for every window of the control texts' tokens.

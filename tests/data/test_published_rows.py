@@ -149,9 +149,13 @@ def test_a_system_turn_under_another_name_is_told(tmp_path):
 
 def test_alpacas_rows_are_demonstrations(tmp_path):
     (line,) = remedies(read_demonstrations, spec_of(tmp_path, ALPACA))
-    rows = [ALPACA, ALPACA | {"input": ""}]
+    rows, told = [ALPACA, ALPACA | {"input": ""}], []
     made = [{"prompt": prompt, "completion": "So."} for prompt in ("Why?\nNow?", "Why?")]
-    assert read_demonstrations(spec_of(tmp_path, *rows, **line)) == made
+    assert read_demonstrations(spec_of(tmp_path, *rows, **line), tell=told.append) == made
+    assert not any("empty" in one for one in told)
+    # Alpaca itself has such rows.
+    read_demonstrations(spec_of(tmp_path, *rows, ALPACA | {"output": ""}, **line), tell=told.append)
+    assert "1 of 3 answers are empty" in told[-1]
 
 
 @pytest.mark.parametrize(
