@@ -92,6 +92,12 @@ def refused(**options):
     return str(caught.value)
 
 
+def test_runs_without_the_caps_of_attention_are_begun_anew(swept, monkeypatch):
+    """Earlier versions left them out of a model such as Gemma 2."""
+    monkeypatch.setattr("rewarded_lines.evaluator.sweep_setup.attention_of", lambda _: {"attn_implementation": "eager"})
+    assert "engine.attn_implementation" in refused()
+
+
 def test_a_changed_configuration_is_refused_and_shown_or_begun_anew(swept):
     before = {path.name: path.read_bytes() for path in (swept / "sweep/points").iterdir()}
     project = swept / "rewarded-lines.yaml"
