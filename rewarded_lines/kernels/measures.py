@@ -59,7 +59,9 @@ class Measure(NamedTuple):
         """Add to the targets what some values give, a multiple of `LANES`; return False as `FileTensor.read`."""
         if self.tensor is None:
             return False
-        buffers = self.tensor.buffers(min(len(values), kernels.compiled_files().PIECE))
+        # A sum begins and ends in one piece.
+        piece = max(SUMMED, kernels.compiled_files().PIECE // SUMMED * SUMMED)
+        buffers = self.tensor.buffers(min(len(values), piece))
         return self.tensor.read(values, [Call(self.loop, self.parameters, targets)], buffers)
 
     def block(self, workspace: Workspace, targets: Sequence[Array]) -> bool:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from rewarded_lines.checkpoints.reader import TensorFiles
-from rewarded_lines.kernels import between_bounds, kernels, measures, norms
+from rewarded_lines.kernels import between_bounds, compiled_files, kernels, measures, norms
 from rewarded_lines.kernels import kth_largest as ranking
 from rewarded_lines.kernels.blocks import PIECE
 from rewarded_lines.kernels.norms import Facts
@@ -28,6 +28,8 @@ def models(tmp_path, request, monkeypatch):
     monkeypatch.setattr(measures.Measure, "files", lambda *given: done.append(read(*given)) or done[-1])
     for module in (measures, between_bounds, norms):
         monkeypatch.setattr(module, "RUN", 2 * PIECE)
+    # Sums are of 128 values.
+    monkeypatch.setattr(compiled_files, "PIECE", 1000)
     monkeypatch.setattr(ranking, "_FEW", 0)
     monkeypatch.setattr(ranking, "_THINNED", 16)
     return tmp_path, done
