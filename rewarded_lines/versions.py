@@ -11,7 +11,6 @@ import sys
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
@@ -56,7 +55,8 @@ def pip(arguments: str) -> str:
     it, and PyTorch's index has old versions of many.
     """
     made = Path(sys.prefix, "pyvenv.cfg")
-    if find_spec("pip") or not (made.is_file() and re.search(r"^uv *=", made.read_text(encoding="utf-8"), re.M)):
+    # Not `find_spec`: after that one setuptools cannot be imported, which vLLM does.
+    if installed("pip") or not (made.is_file() and re.search(r"^uv *=", made.read_text(encoding="utf-8"), re.M)):
         return f"pip {arguments}"
     verb, _, rest = arguments.partition(" ")
     best = " --index-strategy unsafe-best-match" if "-index-url" in rest else ""

@@ -205,9 +205,15 @@ def test_a_recipe_ends_with_the_message_before_it_imports_the_library(tmp_path):
         assert "Traceback" not in said and "pip install 'trl>=1.16,<2'" in said
 
 
+def test_setuptools_can_be_imported_afterwards():
+    """To look for pip by `find_spec` turns off what setuptools needs, and vLLM imports setuptools."""
+    code = "from rewarded_lines.extras import install; install('train'); import setuptools"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_where_uv_made_the_environment_its_command_is_told(have, monkeypatch, tmp_path):
     """It has no pip; a `pip` on the path would install for another Python."""
-    monkeypatch.setattr(versions, "find_spec", lambda name: None)
+    have()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nversion_info = 3.11.7\n")
     assert install("report") == 'pip install "rewarded-lines[report]"'

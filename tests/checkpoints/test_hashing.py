@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import blake3
 import numpy as np
@@ -169,3 +170,14 @@ def test_the_hash_of_an_adapter_stays_what_runs_have_kept(tmp_path, tiny):
     told |= {"rslora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": []}
     expected = blake3.blake3(json.dumps([weights_hash(folder), told], sort_keys=True).encode()).hexdigest()
     assert policy_hash(folder) == expected
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    """Containers may run under a number that no list of users has."""
+
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    assert hashing._in_cache(lambda table: table) is None

@@ -16,7 +16,6 @@ from command import COMMAND, ENVIRONMENT
 
 from rewarded_lines import doctor as doctor_module
 from rewarded_lines import processes, versions
-from rewarded_lines.checkpoints import known_hashes
 from rewarded_lines.processes import attempt
 
 MADE_BY_MAKE = Path(sys.prefix) == Path(__file__).parents[2] / ".venv"
@@ -136,17 +135,6 @@ def test_a_pattern_is_missing_if_no_file_fits_it(tmp_path):
     project.write_text("prompts: {file: a-*.jsonl}\ncontrol: {file: b-*.jsonl}\n")
     (finding,) = doctor_module._project(project)
     assert finding.state == "broken" and "b-*.jsonl" in finding.found and "a-*.jsonl" not in finding.found
-
-
-def test_a_user_without_a_home_has_caches_too(monkeypatch):
-    """Containers may run under a number that no list of users has."""
-
-    def homeless(path):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "expanduser", homeless)
-    assert all(one.state == "ok" for one in doctor_module._caches())
-    assert known_hashes._in_cache(lambda table: table) is None
 
 
 @pytest.mark.slow

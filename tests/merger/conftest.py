@@ -8,8 +8,8 @@ from zlib import crc32
 import pytest
 from hostile import Family, make_family
 
-# Small tensors must have several blocks, and blocks several pieces.
-SHORT = {"BLOCK": 256, "PIECE": 96}
+# Small tensors must have several blocks, and blocks several pieces, each of whole `measures.SUMMED`.
+SHORT = {"BLOCK": 256, "PIECE": 128}
 
 
 @pytest.fixture
