@@ -69,6 +69,9 @@ def main(rank, folder):
     (folder / f"{rank}.json").write_text(
         json.dumps([outcome(plan, share, rank, fault) for fault in ("memory", "engine")])
     )
+    # Its threads end here: left running, they may abort the process as it exits.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
