@@ -193,7 +193,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--list", action="store_true", help="show the stages, and make nothing")
     only = "this stage, of all seeds, or a pattern (repeat)"
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help=only)
-    parser.add_argument("--seeds", help="training seeds, such as 0,1; 0,1,2 by default, with --quick 0,1")
+    told = "training seeds, such as 0,1 (repeat); 0,1,2 by default, with --quick 0,1"
+    parser.add_argument("--seeds", action="append", help=told)
     parser.add_argument("--out", type=Path, help="folder of the work: runs/evidence, with --quick runs/evidence-quick")
     parser.add_argument("--results", type=Path, help="folder of the records: eval/results, with --quick OUT/results")
     parser.add_argument("--stages", action="append", type=Path, metavar="FILE", help="stage files of your own (repeat)")
@@ -203,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
     out = (options.out or REPO / "runs" / ("evidence-quick" if options.quick else "evidence")).resolve()
     results = options.results or (out / "results" if options.quick or options.stages else REPO / "eval" / "results")
     default = QUICK_SEEDS if options.quick else FULL_SEEDS
-    seeds = seeds_of(options.seeds) if options.seeds is not None else default
+    seeds = seeds_of(",".join(options.seeds)) if options.seeds else default
     with chdir(REPO):
         places = Places(_short(out), _short(results.resolve()), seeds)
         every = read_stages(files, places)

@@ -87,7 +87,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def words(work: Path, *more: str) -> list[str]:
-    return [f"--stages={work / 'stages.yaml'}", f"--out={work / 'out'}", "--seeds=0,1", *more]
+    return [f"--stages={work / 'stages.yaml'}", f"--out={work / 'out'}", "--seeds=0", "--seeds=1", *more]
 
 
 def made(work: Path) -> list[str]:
